@@ -1,0 +1,371 @@
+"""Pictures of shapes whose category is the colour of a lamp elsewhere in the picture.
+
+Each picture shows one glowing lamp and a few shapes. A shape's category is the lamp's colour,
+and the lamp sheds no light on the shapes: for a given seed, the pixels of every shape are the same
+under all three lamps. So a detector must look away from an object to name it, which is what
+non-local blocks are for.
+
+Shapes are polygons, painted by their exact signed distance, so that the annotated polygon and the
+painted edge agree to a fraction of a pixel. They overlap neither each other nor the lamp's halo.
+
+Coordinates are continuous (x, y) in pixels: the top left corner of the picture is (0, 0), and the
+centre of its first pixel is (0.5, 0.5). Colours are RGB.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+# Shape letters: H, W: the picture's height and width in pixels. V: the vertices of one polygon.
+
+# Change this whenever the same seed and parameters would give other pictures or annotations.
+GENERATOR_VERSION = 1
+
+LAMP_COLORS = {"amber": (255, 168, 28), "teal": (0, 214, 178), "violet": (168, 84, 255)}
+CATEGORIES = tuple(LAMP_COLORS)
+
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
+# Each a pair: the colours at the two ends of the background's gradient.
+_BACKGROUNDS = (
+    ((50, 58, 74), (30, 35, 47)),
+    ((56, 56, 68), (34, 34, 44)),
+    ((48, 62, 70), (28, 37, 44)),
+)
+_PASTELS = (
+    (232, 226, 214),
+    (205, 210, 219),
+    (222, 197, 184),
+    (190, 206, 190),
+    (178, 196, 217),
+    (208, 192, 211),
+    (224, 216, 190),
+)
+_SHADOW_REACH = 5.0  # pixels over which a shape's shadow fades
+_SHADOW_SHIFT = (1, 2)  # (x, y) in whole pixels
+_SHADOW_STRENGTH = 0.45
+
+_Circle = tuple[float, float, float]  # x, y, radius
+
+
+@dataclass(frozen=True)
+class LampsParams:
+    """What the pictures look like. Ranges are (low, high), both ends included.
+
+    Attributes:
+        side: height and width of the picture in pixels, each drawn by itself.
+        num_shapes: number of shapes.
+        shape_size: diameter in pixels of the circle around a shape.
+        lamp_size: diameter of the lamp in pixels.
+        halo: radius of the lamp's glow, in radii of the lamp. No light passes beyond it.
+        gap: least free space in pixels around a shape.
+    """
+
+    side: tuple[int, int] = (112, 160)
+    num_shapes: tuple[int, int] = (2, 5)
+    shape_size: tuple[float, float] = (26.0, 56.0)
+    lamp_size: tuple[float, float] = (14.0, 18.0)
+    halo: float = 2.8
+    gap: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("side", "num_shapes", "shape_size", "lamp_size"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be (low, high) with 0 < low <= high: {low, high}")
+        if self.halo < 1:
+            raise ValueError(f"halo must be at least 1, the lamp's own radius: {self.halo}")
+        if self.gap < 1:
+            raise ValueError(f"gap must be at least 1, or edges would mix: {self.gap}")
+
+
+@dataclass(frozen=True)
+class Lamp:
+    """The lamp: its category (index into CATEGORIES), centre (x, y) and radius in pixels."""
+
+    category: int
+    center: tuple[float, float]
+    radius: float
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A shape: its category (index into CATEGORIES), polygon (V, 2) of (x, y) and mask (H, W)."""
+
+    category: int
+    polygon: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A shape to paint.
+
+    ``distance`` is the signed distance to the polygon at the pixels of a box around it, which may
+    stick out of the picture; ``corner`` is the first pixel (x, y) of the box.
+    """
+
+    polygon: np.ndarray
+    color: tuple[int, int, int]
+    corner: tuple[int, int]
+    distance: np.ndarray
+
+
+def draw_picture(
+    rng: np.random.Generator, params: LampsParams | None = None, *, category: int | None = None
+) -> tuple[np.ndarray, list[Instance], Lamp]:
+    """Draws one picture.
+
+    Args:
+        rng: decides all that the parameters leave open.
+        params: defaults to LampsParams().
+        category: index into CATEGORIES; None lets ``rng`` choose. For the same state of ``rng``,
+            the choice alters the lamp and its halo, and no other pixel.
+
+    Returns:
+        The picture (H, W, 3), RGB uint8; its instances, whose masks are disjoint; its lamp.
+    """
+    params = params or LampsParams()
+    if category is not None and category not in range(len(CATEGORIES)):
+        raise ValueError(f"category must be an index into {CATEGORIES} or None: {category}")
+    # Drawn even where the caller has chosen, so that the choice does not shift what follows.
+    drawn = int(rng.integers(len(CATEGORIES)))
+    category = drawn if category is None else category
+
+    height, width = (int(side) for side in rng.integers(*params.side, size=2, endpoint=True))
+    (lamp_x, lamp_y, lamp_radius), places = _place(rng, params, height, width)
+    lamp = Lamp(category, (lamp_x, lamp_y), lamp_radius)
+    colors = rng.permutation(len(_PASTELS))
+    shapes = [
+        _make_shape(_random_polygon(rng) * radius + (x, y), _PASTELS[colors[i % len(colors)]])
+        for i, (x, y, radius) in enumerate(places)
+    ]
+
+    canvas = _background(rng, height, width)
+    for shape in shapes:
+        _paint_shadow(canvas, shape)
+    _paint_lamp(canvas, lamp, params.halo * lamp.radius)
+    # Shapes come last: they hide what little of a neighbour's shadow would fall on them.
+    instances = [Instance(category, s.polygon, _paint_shape(canvas, s)) for s in shapes]
+    return np.rint(canvas).astype(np.uint8), instances, lamp
+
+
+def _place(
+    rng: np.random.Generator, params: LampsParams, height: int, width: int
+) -> tuple[_Circle, list[_Circle]]:
+    """Finds room in a picture for the lamp and for the shapes: returns their circles."""
+    lamp_radius = rng.uniform(*params.lamp_size) / 2
+    count = int(rng.integers(*params.num_shapes, endpoint=True))
+    low, high = params.shape_size
+    # Large ones first, for they are the hardest to place.
+    radii = np.sort(rng.uniform(low, high, size=count))[::-1] / 2
+    for _ in range(200):
+        lamp_xy = _random_point(rng, height, width, 1.5 * lamp_radius)
+        circles = [(*lamp_xy, params.halo * lamp_radius)]
+        for radius in radii:
+            circle = _find_room(rng, circles, float(radius), params.gap, height, width)
+            if circle is None:
+                break
+            circles.append(circle)
+        else:
+            return (*lamp_xy, lamp_radius), circles[1:]
+        # Too crowded: try again with shapes a little smaller.
+        radii = np.maximum(radii * 0.95, low / 2)
+    raise ValueError(f"found no room for {count} shapes in {width} x {height} pixels: {params}")
+
+
+def _find_room(
+    rng: np.random.Generator,
+    taken: list[_Circle],
+    radius: float,
+    gap: float,
+    height: int,
+    width: int,
+) -> _Circle | None:
+    """Returns a random circle that keeps ``gap`` from all others and from the border, if any."""
+    if 2 * (radius + gap) > min(height, width):
+        return None
+    for _ in range(30):
+        x, y = _random_point(rng, height, width, radius + gap)
+        if all(math.hypot(x - u, y - v) >= radius + r + gap for u, v, r in taken):
+            return x, y, radius
+    return None
+
+
+def _random_point(
+    rng: np.random.Generator, height: int, width: int, margin: float
+) -> tuple[float, float]:
+    return float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin))
+
+
+def _random_polygon(rng: np.random.Generator) -> np.ndarray:
+    """Returns a random shape, turned at random, that just fits the unit circle: (V, 2)."""
+    kind = int(rng.integers(len(_UNIT_POLYGONS)))
+    angle = rng.uniform(0, 2 * math.pi)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return _UNIT_POLYGONS[kind] @ np.array([[cos, sin], [-sin, cos]])
+
+
+def _regular(corners: int) -> np.ndarray:
+    angles = 2 * math.pi * np.arange(corners) / corners
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _star(points: int, inner: float) -> np.ndarray:
+    star = _regular(2 * points)
+    star[1::2] *= inner
+    return star
+
+
+def _cross(arm: float) -> np.ndarray:
+    """A plus sign whose arms have the half width ``arm``, in units of their length."""
+    quarter = np.array([[arm, arm], [arm, 1.0], [-arm, 1.0]])
+    turns = [quarter]
+    for _ in range(3):
+        turns.append(turns[-1] @ np.array([[0.0, 1.0], [-1.0, 0.0]]))
+    return np.concatenate(turns)
+
+
+def _rounded(polygon: np.ndarray, share: float) -> np.ndarray:
+    """Rounds corners by quadratic Bezier curves, then scales the polygon to the unit circle.
+
+    Args:
+        polygon: (V, 2).
+        share: part of each edge that is given to the curve at each of its ends; below 0.5.
+
+    Returns:
+        (5 V, 2).
+    """
+    before = polygon + share * (np.roll(polygon, 1, axis=0) - polygon)
+    after = polygon + share * (np.roll(polygon, -1, axis=0) - polygon)
+    t = np.linspace(0, 1, 5)[None, :, None]
+    curve = (1 - t) ** 2 * before[:, None] + 2 * t * (1 - t) * polygon[:, None]
+    rounded = (curve + t**2 * after[:, None]).reshape(-1, 2)
+    return rounded / np.hypot(*rounded.T).max()
+
+
+_UNIT_POLYGONS = (
+    _regular(40),  # a disc: 40 corners stay within 0.1 pixel of the circle at these sizes
+    _rounded(_regular(3), 0.14),
+    _rounded(_regular(4), 0.12),
+    _rounded(_regular(6), 0.12),
+    _rounded(_star(5, 0.5), 0.12),
+    _rounded(_cross(0.36), 0.12),
+)
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Returns a soft gradient in a random direction: (H, W, 3), float, 0 to 255."""
+    first, last = np.array(_BACKGROUNDS[int(rng.integers(len(_BACKGROUNDS)))], dtype=float)
+    angle = rng.uniform(0, 2 * math.pi)
+    x, y = _pixel_centers(0, 0, width, height)
+    along = math.cos(angle) * (x / width - 0.5) + math.sin(angle) * (y / height - 0.5)
+    along = along / (abs(math.cos(angle)) + abs(math.sin(angle))) + 0.5  # 0 to 1 corner to corner
+    return first + along[..., None] * (last - first)
+
+
+def _paint_lamp(canvas: np.ndarray, lamp: Lamp, reach: float) -> None:
+    """Paints the lamp and a halo that ends exactly ``reach`` pixels from its centre, in place."""
+    color = LAMP_COLORS[CATEGORIES[lamp.category]]
+    corner, x, y = _box(np.array([lamp.center]), reach)
+    distance = np.hypot(x - lamp.center[0], y - lamp.center[1])
+
+    fade = np.clip((reach - distance) / (reach - 0.5 * lamp.radius), 0, 1)
+    _blend(canvas, corner, color, 0.75 * fade**2)
+    _blend(canvas, corner, color, _coverage(distance - lamp.radius))
+    # A faint highlight inside makes the disc read as a light; its rim keeps the pure colour.
+    _blend(canvas, corner, _WHITE, 0.55 * np.clip(1 - distance / (0.75 * lamp.radius), 0, 1))
+
+
+def _make_shape(polygon: np.ndarray, color: tuple[int, int, int]) -> _Shape:
+    corner, x, y = _box(polygon, _SHADOW_REACH)
+    return _Shape(polygon, color, corner, _signed_distance(x, y, polygon))
+
+
+def _paint_shadow(canvas: np.ndarray, shape: _Shape) -> None:
+    fade = np.clip((_SHADOW_REACH - shape.distance) / (2 * _SHADOW_REACH), 0, 1)
+    corner = shape.corner[0] + _SHADOW_SHIFT[0], shape.corner[1] + _SHADOW_SHIFT[1]
+    _blend(canvas, corner, _BLACK, _SHADOW_STRENGTH * fade**2)
+
+
+def _paint_shape(canvas: np.ndarray, shape: _Shape) -> np.ndarray:
+    """Paints a shape in place; returns its mask (H, W), bool: pixels whose centre is in it."""
+    _blend(canvas, shape.corner, shape.color, _coverage(shape.distance))
+    mask = np.zeros(canvas.shape[:2], dtype=bool)
+    on_canvas, on_box = _overlap(mask.shape, shape.corner, shape.distance.shape)
+    mask[on_canvas] = shape.distance[on_box] < 0
+    return mask
+
+
+def _box(points: np.ndarray, margin: float) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    """Returns the box of whole pixels around points (N, 2): its first pixel, and its centres."""
+    left, top = np.floor(points.min(axis=0) - margin).astype(int)
+    right, bottom = np.ceil(points.max(axis=0) + margin).astype(int)
+    return (left, top), *_pixel_centers(left, top, right, bottom)
+
+
+def _pixel_centers(left: int, top: int, right: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns x as a row and y as a column, which broadcast to all pixels of a box."""
+    return np.arange(left, right)[None, :] + 0.5, np.arange(top, bottom)[:, None] + 0.5
+
+
+def _overlap(
+    canvas: tuple[int, ...], corner: tuple[int, int], box: tuple[int, int]
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Returns the part that a canvas and a box share, as (rows, columns) of each of the two.
+
+    Args:
+        canvas: its shape, (H, W, ...).
+        corner: the box's first pixel (x, y) on the canvas; may lie outside.
+        box: its shape, (height, width).
+    """
+    on_canvas, on_box = [], []
+    for size, start, extent in zip(canvas, reversed(corner), box):
+        first, last = max(start, 0), min(start + extent, size)
+        on_canvas.append(slice(first, last))
+        on_box.append(slice(first - start, last - start))
+    return tuple(on_canvas), tuple(on_box)
+
+
+def _blend(
+    canvas: np.ndarray, corner: tuple[int, int], color: tuple[int, int, int], alpha: np.ndarray
+) -> None:
+    """Mixes a colour into a box of the canvas, in place, as far as the box lies on it."""
+    on_canvas, on_box = _overlap(canvas.shape, corner, alpha.shape)
+    area = canvas[on_canvas]
+    area += alpha[on_box][..., None] * (np.array(color) - area)
+
+
+def _coverage(distance: np.ndarray) -> np.ndarray:
+    """How much of a pixel lies within an edge, from its centre's signed distance to the edge."""
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def _signed_distance(x: np.ndarray, y: np.ndarray, polygon: np.ndarray) -> np.ndarray:
+    """Returns the distance of points to a polygon's edge, negative inside it, in pixels.
+
+    Args:
+        x: coordinates of the points, in any shape.
+        y: likewise, in any shape that broadcasts with that of x.
+        polygon: (V, 2), without self-intersections, in either orientation.
+
+    Returns:
+        The distances, in the shape that x and y broadcast to.
+    """
+    shape = np.broadcast(x, y).shape
+    nearest = np.full(shape, np.inf)
+    inside = np.zeros(shape, dtype=bool)
+    for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0)):
+        edge_x, edge_y, from_x, from_y = x1 - x0, y1 - y0, x - x0, y - y0
+        squared_length = edge_x**2 + edge_y**2
+        along = from_x * (edge_x / squared_length) + from_y * (edge_y / squared_length)
+        along = np.clip(along, 0, 1)
+        squared = (from_x - along * edge_x) ** 2 + (from_y - along * edge_y) ** 2
+        np.minimum(nearest, squared, out=nearest)
+        # Even-odd rule: a ray from the point towards +x crosses this edge.
+        crosses = ((y0 <= y) != (y1 <= y)) & ((edge_x * from_y > edge_y * from_x) == (edge_y > 0))
+        inside ^= crosses
+    distance = np.sqrt(nearest)
+    return np.where(inside, -distance, distance)

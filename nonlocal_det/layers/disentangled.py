@@ -1,0 +1,101 @@
+"""The disentangled non-local block: a whitened pairwise term plus a unary term.
+
+    y_i = sum_j [softmax_j((theta_i - mean theta) . (phi_j - mean phi)) + softmax_j(m_j)] g_j
+
+Paper: Yin, Yao, Cao, Li, Zhang, Lin, Hu, "Disentangled Non-Local Neural Networks", ECCV 2020
+(arXiv 2006.06668), section 4. m_j = W_m x_j is one number a position, shared by all queries.
+
+Deviations: no temperature (the released code divides the logits by 0.05 for segmentation, by 1 for
+detection); both terms start at full weight and the block's own zero-initialised factor makes it
+the identity, where the released code for detection zeroes a factor of the pairwise term only.
+``scale`` divides the pairwise logits by sqrt(D), as the released code does. Means are taken over
+the positions that take part; those of the keys over the subsampled keys.
+
+Cost: that of the embedded Gaussian block plus O(N (C + D)).
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+from torch import Tensor
+
+from .base import CONV, Norm, init_conv, key_mask, pool
+from .global_context import shared_attention, shared_weights
+from .non_local import NonLocalBlock
+from .precision import narrow, widen
+
+
+class DisentangledBlock(NonLocalBlock):
+    """An embedded Gaussian block without the saliency of keys, which a term of its own adds back.
+
+    Args:
+        channels, dims, inner_channels, subsample, pool_first, scale, norm, init: as in
+            `NonLocalBlock`.
+
+    Raises:
+        ValueError: for a value that is not a choice, with the choices.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        inner_channels: Optional[int] = None,
+        subsample: Union[bool, int] = False,
+        pool_first: bool = False,
+        scale: bool = False,
+        norm: Norm = "BN",
+        init: str = "he",
+    ) -> None:
+        super().__init__(
+            channels,
+            dims=dims,
+            inner_channels=inner_channels,
+            subsample=subsample,
+            pool_first=pool_first,
+            scale=scale,
+            norm=norm,
+            init=init,
+        )
+        self.w_m = CONV[dims](channels, 1, 1)
+        init_conv(self.w_m, init)
+
+    def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """The sums of both terms, (B, D, *S)."""
+        theta = _whiten(self._queries(x).flatten(2), key_mask(mask))
+        phi, g, keys = self._keys_and_values(x, mask)
+        phi, g = _whiten(phi.flatten(2), keys), g.flatten(2)
+        unary = shared_attention(self._unary(x, mask), g, keys)
+        return (self._attend(theta, phi, g, keys) + unary).unflatten(2, x.shape[2:])
+
+    def rows(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """The sum of both softmaxes: each row adds up to two."""
+        theta = _whiten(self._queries(x).flatten(2), key_mask(mask))[:, :, queries]
+        phi, _, keys = self._keys_and_values(x, mask)
+        pairwise = self._weights(theta, _whiten(phi.flatten(2), keys), keys)
+        unary = shared_weights(self._unary(x, mask), keys)
+        return (pairwise + unary).unflatten(2, phi.shape[2:])
+
+    def _unary(self, x: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """The unary logits m (B, 1, M), subsampled as the keys are."""
+        if self.pool_first:
+            m = self.w_m(pool(x, self.stride, mask))
+        else:
+            m = pool(self.w_m(x), self.stride, mask)
+        return m.flatten(2)
+
+
+def _whiten(x: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """(B, D, N) less its mean over the positions that take part.
+
+    For the keys the softmax would not see the difference: it only keeps the logits small.
+    """
+    wide = widen(x)
+    if mask is None:
+        mean = wide.mean(dim=2, keepdim=True)
+    else:
+        part = mask.unsqueeze(1).to(wide.dtype)
+        mean = (wide * part).sum(dim=2, keepdim=True) / part.sum(dim=2, keepdim=True).clamp(min=1)
+    return narrow(wide - mean, x.dtype)

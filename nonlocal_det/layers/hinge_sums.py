@@ -1,0 +1,126 @@
+"""Sums under ReLU weights in sorted order: what makes the concatenation form cheap.
+
+    y_i = s * sum_j g_j ReLU(a_i - c_j)
+
+As a function of a_i this is piecewise linear, with a kink at every c_j. With c sorted, its slope
+between two kinks is a prefix sum of g, and its value at a kink the prefix sum of slope times gap.
+All its terms are ones the dense sum has too: nothing cancels that does not cancel there. (The
+shorter way, a_i * sum(g) - sum(c * g), subtracts two large numbers.)
+
+The gradients are of the same kind with a and c changing places: d_g_j = s * sum_i d_y_i
+ReLU(a_i - c_j), and those of a and c are inner products with slopes.
+
+Cost: O((N + M) V) operations after O(M log M + N log M) for the sorting and searching, in memory
+of O(N + M) and one block of channels; the dense sum takes 2 N M V operations.
+
+Letters of shapes: B batch, V value channels, N query and M key positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 2**18  # numbers in a block of channels: 1 MB in float32, so that its passes stay in cache
+
+
+class Kinks(NamedTuple):
+    """Where the queries lie among the sorted keys."""
+
+    order: Tensor  # (B, M) the keys, ascending in c
+    gap: Tensor  # (B, M) from the key before to this one, times s; the first has no effect
+    last: Tensor  # (B, N) place in that order of the last key below the query, 0 if there is none
+    rise: Tensor  # (B, N) from that key to the query, times s; 0 if there is none
+
+
+def find_kinks(a: Tensor, c: Tensor, s: Tensor) -> Kinks:
+    """Sort the keys and place the queries among them.
+
+    Args:
+        a: (B, N) queries.
+        c: (B, M) keys, M > 0; an infinite one has no effect.
+        s: (B, 1) factor of the result.
+    """
+    c, order = torch.sort(c, dim=1, stable=True)
+    last = (torch.searchsorted(c, a.contiguous()) - 1).clamp(min=0)
+    rise = F.relu(a - c.gather(1, last)) * s
+    c = c.masked_fill(torch.isinf(c), 0.0)
+    gap = (c - _shift(c)) * s
+    return Kinks(order, gap, last, rise)
+
+
+def slopes(g: Tensor, kinks: Kinks) -> Tensor:
+    """(B, V, M) to (B, V, M): prefix sums of g in the order of the keys."""
+    return g.gather(2, kinks.order.unsqueeze(1).expand_as(g)).cumsum(dim=2)
+
+
+def at_queries(sums: Tensor, kinks: Kinks) -> Tensor:
+    """(B, V, M) in the order of the keys to (B, V, N)."""
+    return sums.gather(2, kinks.last.unsqueeze(1).expand(-1, sums.shape[1], -1))
+
+
+def evaluate(slope: Tensor, slope_at_queries: Tensor, kinks: Kinks) -> Tensor:
+    """(B, V, N): the value at the last kink plus the slope after it times the rise."""
+    values = (_shift(slope) * kinks.gap.unsqueeze(1)).cumsum(dim=2)
+    return torch.addcmul(at_queries(values, kinks), slope_at_queries, kinks.rise.unsqueeze(1))
+
+
+def _shift(x: Tensor) -> Tensor:
+    """Move the last dimension one up, a zero in front."""
+    return F.pad(x, (1, 0))[..., :-1]
+
+
+def hinge_sums(a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    """The sums y (B, V, N), by blocks of channels, with a backward of its own.
+
+    Args:
+        a: (B, N) queries.
+        c: (B, M) keys, M > 0; an infinite one has no effect.
+        g: (B, V, M) values.
+        s: (B, 1) factor of the result, to which no gradient goes.
+    """
+    return _HingeSums.apply(a, c, g, s)
+
+
+def plain_hinge_sums(a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    """`hinge_sums` in ordinary operators, to be scripted, traced, compiled or exported."""
+    kinks = find_kinks(a, c, s)
+    slope = slopes(g, kinks)
+    return evaluate(slope, at_queries(slope, kinks), kinks)
+
+
+class _HingeSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(a, c, g, s)
+        kinks = find_kinks(a, c, s)
+        y = g.new_empty(*g.shape[:2], a.shape[1])
+        for v in _channel_blocks(y, g):
+            slope = slopes(g[:, v], kinks)
+            y[:, v] = evaluate(slope, at_queries(slope, kinks), kinks)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        a, c, g, s = ctx.saved_tensors
+        grad = grad.contiguous()
+        forth, back = find_kinks(a, c, s), find_kinks(-c, -a, s)
+        d_a, d_c, d_g = torch.zeros_like(a), torch.zeros_like(c), torch.empty_like(g)
+        for v in _channel_blocks(grad, g):
+            d_a += (at_queries(slopes(g[:, v], forth), forth) * grad[:, v]).sum(dim=1)
+            slope = slopes(grad[:, v], back)
+            slope_at_keys = at_queries(slope, back)
+            d_g[:, v] = evaluate(slope, slope_at_keys, back)
+            d_c -= (slope_at_keys * g[:, v]).sum(dim=1)
+        # A query that lies above no key, or a key below no query, has slope 0, not the first one.
+        return d_a * s * (forth.rise > 0), d_c * s * (back.rise > 0), d_g, None
+
+
+def _channel_blocks(y: Tensor, g: Tensor) -> list[slice]:
+    channels = max(BLOCK // max(y[:, 0].numel(), g[:, 0].numel(), 1), 1)
+    return [slice(v, v + channels) for v in range(0, g.shape[1], channels)]

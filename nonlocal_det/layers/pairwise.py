@@ -1,0 +1,235 @@
+"""The pairwise functions f of a non-local operation, and the sums over them.
+
+    y_i = 1/C(x) * sum_j f(x_i, x_j) g(x_j)
+
+Each function has two forms. ``*_weights`` gives the weights f / C themselves, dense: the
+definition, the reference of the tests, and what pictures of attention are made from.
+``*_attention`` gives the sums y, exactly, without ever holding the weights (unless they are no
+larger than the values):
+
+| sums                      | operations, forward           | memory beyond input and output |
+|---------------------------|-------------------------------|--------------------------------|
+| `softmax_attention`       | 2 N M (D + V)                 | 4 MB, or copies of the inputs  |
+| `dot_product_attention`   | 2 D V (N + M)                 | D V                            |
+| `concatenation_attention` | about 10 V (N + M) and a sort | O(N + M), a block of channels  |
+
+Letters of shapes: B batch, D inner channels, V value channels, N query and M key positions.
+Channels come before positions, as convolutions leave them. Any of B, N and M may be zero.
+
+A key mask is a boolean (B, M), True where a key takes part. Masked keys neither contribute nor
+count; a query without any key gets y = 0, and gives no gradient.
+
+Precision. The sums have the dtype of g, and autocast does not reach inside. float64 is computed in
+float64. Otherwise logits, sums of exponentials, counts and intermediate products are float32:
+
+- float16 is computed in float32 (the softmax sums only where a gradient is needed). Results and
+  gradients beyond its range become its largest number, 65504, never infinite. A saturated result
+  gives no gradient.
+- bfloat16, in the softmax sums, has its weights rounded to bfloat16 before they meet the values, as
+  fused kernels do. In the other two it is computed in float32.
+
+With inputs of a thousand no NaN or infinity arises in any dtype; products beyond float32's own
+range of 3e38 are the caller's.
+
+Transformations. Eager mode takes the leanest way. Under ``torch.jit.trace``, ``torch.export`` and
+``torch.compile`` the same sums are written in ordinary operators, of any size: PyTorch's fused
+attention, two products, a sort and prefix sums. ``torch.jit.script`` chooses at run time, likewise
+in ordinary operators. ONNX has no search in sorted numbers: there the concatenation form is dense.
+Scripted and traced, a function follows the autocast state it runs under, and only float16 results,
+not gradients, saturate.
+
+Paper: Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018, section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .hinge_sums import hinge_sums, plain_hinge_sums
+from .precision import full_dtype, narrow, product, widen
+from .tiled_softmax import tiled_softmax_attention
+
+
+def softmax_weights(theta: Tensor, phi: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
+    """Weights of the (embedded) Gaussian, equations 2 and 3: softmax over j of theta_i . phi_j.
+
+    Args:
+        theta: (B, D, N) queries.
+        phi: (B, D, M) keys.
+        mask: (B, M), True where a key takes part, or None for all.
+        scale: factor of the logits; 1 is the paper's text.
+
+    Returns:
+        (B, N, M), each row summing to one, or to zero where no key takes part.
+    """
+    logits = product(theta.transpose(1, 2), phi) * scale
+    if mask is None:
+        return logits.softmax(dim=-1)
+    # A row of nothing but -inf would be NaN, and so would its gradient: such rows are left alone.
+    hidden = ~mask & mask.any(dim=1, keepdim=True)
+    weights = logits.masked_fill(hidden.unsqueeze(1), -math.inf).softmax(dim=-1)
+    return weights.masked_fill(~mask.unsqueeze(1), 0.0)
+
+
+def dot_product_weights(theta: Tensor, phi: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """Weights of the dot product, equation 4: theta_i . phi_j / M, signed; (B, N, M)."""
+    weights = product(theta.transpose(1, 2), phi) * _one_over_keys(phi[:, 0], mask)
+    return weights if mask is None else weights.masked_fill(~mask.unsqueeze(1), 0.0)
+
+
+def concatenation_weights(a: Tensor, b: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """Weights of the concatenation, equation 5: ReLU(a_i + b_j) / M; (B, N, M).
+
+    The vector w_f splits over its two halves, w_f . [theta_i, phi_j] = a_i + b_j, so only the
+    two projections are needed: ``a`` (B, N) of the queries and ``b`` (B, M) of the keys.
+    """
+    a, b = widen(a), widen(b)
+    weights = F.relu(a.unsqueeze(2) + b.unsqueeze(1)) * _one_over_keys(b, mask)
+    return weights if mask is None else weights.masked_fill(~mask.unsqueeze(1), 0.0)
+
+
+def _one_over_keys(keys: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """(B, 1, 1): 1 / (number of keys that take part), 1 if there is none; ``keys`` is (B, M)."""
+    present = torch.ones_like(keys) if mask is None else mask
+    count = present.sum(dim=1, dtype=full_dtype(keys)).clamp(min=1)
+    return count.reciprocal().view(-1, 1, 1)
+
+
+def softmax_attention(
+    theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor], scale: float
+) -> Tensor:
+    """Sums of g under `softmax_weights`: (B, V, N).
+
+    Args:
+        theta: (B, D, N) queries.
+        phi: (B, D, M) keys.
+        g: (B, V, M) values.
+        mask: (B, M), True where a key takes part, or None for all.
+        scale: factor of the logits; 1 is the paper's text.
+    """
+    dtype = torch.promote_types(torch.promote_types(theta.dtype, phi.dtype), g.dtype)
+    learns = torch.is_grad_enabled() and (
+        theta.requires_grad or phi.requires_grad or g.requires_grad
+    )
+    if dtype == torch.float16 and learns:
+        dtype = torch.float32
+    out_dtype = g.dtype
+    theta, phi, g = widen(theta, dtype), widen(phi, dtype), widen(g, dtype)
+    if not torch.jit.is_scripting():
+        if _tiles_are_faster(theta, phi, g, learns):
+            y = tiled_softmax_attention(theta * scale, phi, g, mask)
+            return narrow(y, out_dtype)
+    return narrow(_fused_attention(theta, phi, g, mask, scale), out_dtype)
+
+
+def _tiles_are_faster(theta: Tensor, phi: Tensor, g: Tensor, learns: bool) -> bool:
+    """Whether to leave the fused kernels: on a CPU that has to learn, or with unequal widths.
+
+    Their backward is as fast, but 15 times slower among denormal numbers; see `tiled_softmax`.
+    """
+    return (
+        not _is_transformed()
+        and theta.device.type == "cpu"
+        and theta.dtype in (torch.float32, torch.float64)
+        and (learns or phi.shape[1] != g.shape[1])
+    )
+
+
+def _fused_attention(
+    theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor], scale: float
+) -> Tensor:
+    """Scaled dot-product attention of PyTorch, given what its fused kernels ask for.
+
+    That is four dimensions, contiguous rows, on a CPU keys as wide as values, and in each row a key
+    that takes part. Without these it falls back, in silence, on the dense form.
+    """
+    width = max(phi.shape[1], g.shape[1]) if theta.device.type == "cpu" else 0
+    query, key, value = _rows(theta, width), _rows(phi, width), _rows(g, width)
+    allowed: Optional[Tensor] = None
+    if mask is not None:
+        allowed = (mask | ~mask.any(dim=1, keepdim=True)).unsqueeze(1).unsqueeze(1)
+    y = _attention(query, key, value, allowed, scale)
+    y = y.squeeze(1).transpose(1, 2)[:, : g.shape[1]]
+    return y if mask is None else y.masked_fill(~mask.any(dim=1).view(-1, 1, 1), 0.0)
+
+
+def _rows(x: Tensor, width: int) -> Tensor:
+    """(B, D, N) to contiguous (B, 1, N, D), padded with zeros to ``width`` if that is more."""
+    rows = x.transpose(1, 2).unsqueeze(1)
+    if width > x.shape[1]:
+        return F.pad(rows, (0, width - x.shape[1]))
+    return rows.contiguous()
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Optional[Tensor], scale: float
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, whatever autocast says."""
+    if not torch.jit.is_scripting():
+        if torch.is_autocast_enabled(query.device.type):
+            with torch.autocast(query.device.type, enabled=False):
+                return F.scaled_dot_product_attention(query, key, value, allowed, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, allowed, scale=scale)
+
+
+def dot_product_attention(theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """Sums of g under `dot_product_weights`: (B, V, N), over j first where that is cheaper."""
+    values = widen(g)
+    if _dense_is_cheaper(theta, phi, g):
+        y = product(values, dot_product_weights(theta, phi, mask).transpose(1, 2))
+        return narrow(y, g.dtype)
+    if mask is not None:
+        values = values.masked_fill(~mask.unsqueeze(1), 0.0)
+    summary = product(values, phi.transpose(1, 2)) * _one_over_keys(phi[:, 0], mask)
+    return narrow(product(summary, theta), g.dtype)
+
+
+def _dense_is_cheaper(theta: Tensor, phi: Tensor, g: Tensor) -> bool:
+    """By multiplications: N M (D + V) in the dense order, D V (N + M) in the other."""
+    if _is_transformed():
+        return False
+    width, values = phi.shape[1], g.shape[1]
+    queries, keys = theta.shape[2], phi.shape[2]
+    return queries * keys * (width + values) < width * values * (queries + keys)
+
+
+def concatenation_attention(a: Tensor, b: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """Sums of g under `concatenation_weights`: (B, V, N), in sorted order; see `hinge_sums`.
+
+    Where the weights are no larger than the values they are written out, which is then faster.
+    """
+    queries, keys, values = widen(a), widen(b), widen(g)
+    if _dense_is_faster(a, g):
+        y = product(values, concatenation_weights(queries, keys, mask).transpose(1, 2))
+        return narrow(y, g.dtype)
+    kinks = -keys
+    if mask is not None:
+        kinks = kinks.masked_fill(~mask, math.inf)
+    share = _one_over_keys(keys, mask).squeeze(2)
+    if torch.jit.is_scripting() or _is_transformed():
+        y = plain_hinge_sums(queries, kinks, values, share)
+    else:
+        y = hinge_sums(queries, kinks, values, share)
+    return narrow(y, g.dtype)
+
+
+def _dense_is_faster(a: Tensor, g: Tensor) -> bool:
+    if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():
+            return True
+        if _is_transformed():
+            return False
+    return min(a.shape[1], g.shape[2]) <= g.shape[1]
+
+
+def _is_transformed() -> bool:
+    """Whether the operators are being recorded, for sizes other than these."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.jit.is_tracing() or torch.compiler.is_compiling()

@@ -1,0 +1,127 @@
+"""Softmax attention in tiles of plain matrix products, for what fused kernels do not do well.
+
+A running maximum and sum make the softmax exact one tile of keys at a time, so that no more than
+a tile of the N x M weights exists; backward recomputes them from each row's log-sum-exp. The
+technique: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (arXiv 2112.05682), and
+Dao et al., "FlashAttention" (arXiv 2205.14135), algorithms 1 and 4.
+
+Two things are its own. Keys and values may differ in width, without padding. And weights below
+the square root of the smallest normal number are zero: at 1e-19 of a row's sum (float32) they are
+far beneath its rounding, but products with denormal numbers are up to 70 times slower on a CPU,
+and logits of standard deviation 10 to 40, those of an unscaled block, are full of them.
+
+Cost: 2 N M (D + V) operations forward, 2 N M (3 D + 2 V) backward; memory of a tile or two.
+
+Letters of shapes: B batch, D inner channels, V value channels, N query and M key positions.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE = 1024  # queries and keys a side: 4 MB in float32, about what the cores' own caches hold
+
+
+def tiled_softmax_attention(
+    theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]
+) -> Tensor:
+    """Sums of g (B, V, M) under the softmax over j of theta_i . phi_j: (B, V, N).
+
+    Args:
+        theta: (B, D, N) queries.
+        phi: (B, D, M) keys.
+        g: (B, V, M) values, of the same dtype.
+        mask: (B, M), True where a key takes part, or None for all.
+    """
+    return _TiledSoftmaxAttention.apply(theta, phi, g, mask)
+
+
+class _TiledSoftmaxAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
+        batch, _, queries = theta.shape
+        y = g.new_zeros(batch, g.shape[1], queries)
+        log_sum = theta.new_empty(batch, queries, 1)
+        (buffer,) = _buffers(theta, phi, count=1)
+        for b, n in _blocks(theta, phi):
+            sums = y[b, :, n]
+            top = torch.full_like(log_sum[b, n], torch.finfo(theta.dtype).min)
+            total = torch.zeros_like(top)
+            for m in _spans(phi.shape[2], TILE):
+                logits = _logits(buffer, theta[b, :, n], phi[b, :, m], mask, b, m)
+                higher = torch.maximum(top, logits.amax(dim=2, keepdim=True))
+                fade = _exp_(top - higher)
+                weights = _exp_(logits.sub_(higher))
+                total.mul_(fade).add_(weights.sum(dim=2, keepdim=True))
+                sums.mul_(fade.mT).baddbmm_(g[b, :, m], weights.mT)
+                top = higher
+            total.clamp_(min=1)  # below 1 only where no key takes part
+            sums.div_(total.mT)
+            log_sum[b, n] = top + total.log()
+        ctx.save_for_backward(theta, phi, g, mask, y, log_sum)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        theta, phi, g, mask, y, log_sum = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_theta, d_phi, d_g = (torch.zeros_like(t) for t in (theta, phi, g))
+        buffer, d_buffer = _buffers(theta, phi, count=2)
+        shared = (grad * y).sum(dim=1).unsqueeze(2)
+        for b, n in _blocks(theta, phi):
+            for m in _spans(phi.shape[2], TILE):
+                logits = _logits(buffer, theta[b, :, n], phi[b, :, m], mask, b, m)
+                weights = _exp_(logits.sub_(log_sum[b, n]))
+                d_g[b, :, m].baddbmm_(grad[b, :, n], weights)
+                d_logits = _view(d_buffer, weights.shape)
+                torch.bmm(grad[b, :, n].mT, g[b, :, m], out=d_logits)
+                d_logits.sub_(shared[b, n]).mul_(weights)
+                d_theta[b, :, n].baddbmm_(phi[b, :, m], d_logits.mT)
+                d_phi[b, :, m].baddbmm_(theta[b, :, n], d_logits)
+        return d_theta, d_phi, d_g, None
+
+
+def _spans(length: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, length)) for i in range(0, length, step)]
+
+
+def _samples(theta: Tensor, phi: Tensor) -> int:
+    """How many samples share a tile: one, or more where each has few positions."""
+    tile = min(theta.shape[2], TILE) * min(phi.shape[2], TILE)
+    return max(min(theta.shape[0], TILE**2 // max(tile, 1)), 1)
+
+
+def _blocks(theta: Tensor, phi: Tensor) -> product[tuple[slice, slice]]:
+    """Samples and queries, tile by tile."""
+    return product(_spans(theta.shape[0], _samples(theta, phi)), _spans(theta.shape[2], TILE))
+
+
+def _buffers(theta: Tensor, phi: Tensor, count: int) -> list[Tensor]:
+    """Room for the largest tile: allocated once, since fresh memory costs as much as a pass."""
+    tile = min(theta.shape[2], TILE) * min(phi.shape[2], TILE)
+    return [theta.new_empty(_samples(theta, phi) * tile) for _ in range(count)]
+
+
+def _view(buffer: Tensor, shape: torch.Size) -> Tensor:
+    return buffer[: shape.numel()].view(shape)
+
+
+def _logits(
+    buffer: Tensor, theta: Tensor, phi: Tensor, mask: Optional[Tensor], b: slice, m: slice
+) -> Tensor:
+    logits = _view(buffer, torch.Size((theta.shape[0], theta.shape[2], phi.shape[2])))
+    torch.bmm(theta.mT, phi, out=logits)
+    return logits if mask is None else logits.masked_fill_(~mask[b, m].unsqueeze(1), -math.inf)
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """Exponentiate in place; zero below the square root of the smallest normal number."""
+    lowest = 0.5 * math.log(torch.finfo(x.dtype).tiny)
+    return torch.threshold_(x, lowest, -math.inf).exp_()

@@ -20,7 +20,7 @@ setup(
     description="Non-local blocks anywhere in a detectron2 detector, by configuration",
     python_requires=">=3.9",
     packages=find_packages(include=["nonlocal_det", "nonlocal_det.*"]),
-    package_data={"nonlocal_det": ["py.typed"]},
+    package_data={"nonlocal_det": ["py.typed", "attention/*.html"]},
     # Without bounds, for a torch that is there must stay: detectron2 is compiled against it.
     # detectron2 is on no package index under its own name: see tools/install_detectron2.py.
     install_requires=[

@@ -1,0 +1,17 @@
+"""One block after an output of a backbone that is no ResNet: RegNetX-4GF's third stage."""
+
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+
+from nonlocal_det.modeling import block_maker, insert_after_outputs
+
+_zoo = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_regnetx_4gf_dds_fpn_1x.py")
+dataloader, lr_multiplier, model = _zoo.dataloader, _zoo.lr_multiplier, _zoo.model
+optimizer, train = _zoo.optimizer, _zoo.train
+
+model.backbone.in_features = ["s1", "s2", "s3", "s4"]
+model.backbone.bottom_up = L(insert_after_outputs)(
+    backbone=model.backbone.bottom_up,
+    positions=["s3"],
+    make_block=L(block_maker)(NORM="", SUBSAMPLE=True, POOL_FIRST=True),
+)

@@ -1,0 +1,14 @@
+"""Where blocks go in a detector. Importing it registers backbones and heads in detectron2."""
+
+from . import heads
+from .backbone import (
+    NonLocalFPN,
+    build_nonlocal_backbone,
+    build_nonlocal_resnet_backbone,
+    build_nonlocal_resnet_fpn_backbone,
+    build_nonlocal_retinanet_resnet_fpn_backbone,
+    insert_after_outputs,
+    nonlocal_resnet,
+)
+from .build import block_maker
+from .positions import PositionError, insert_non_local

@@ -1,0 +1,67 @@
+"""Loading weights into a model with blocks, and saying in one line what was loaded."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+
+from ..layers.base import NonLocalBase
+
+
+class NonLocalCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, which after loading tells new blocks from what went wrong.
+
+    Also reads torchvision's ResNets as they are. They take images in RGB, with a standard
+    deviation, and STRIDE_IN_1X1 False.
+    """
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        loaded = super()._load_file(filename)
+        if "layer1.0.conv1.weight" in loaded["model"]:
+            return {"model": rename_torchvision(loaded["model"]), "matching_heuristics": True}
+        return loaded
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        if incompatible is not None:
+            self.logger.info(self._summary(incompatible))
+        return incompatible
+
+    def _summary(self, incompatible: Any) -> str:
+        """How many tensors loaded, which blocks are new, and what else did not fit."""
+        misshaped = {entry[0] for entry in incompatible.incorrect_shapes}
+        missing = set(incompatible.missing_keys) - misshaped
+        keys_of = {
+            name: {f"{name}.{key}" for key in module.state_dict()}
+            for name, module in self.model.named_modules()
+            if isinstance(module, NonLocalBase)
+        }
+        # A block of which something was loaded is not new: what it lacks is then reported.
+        new = [name for name, keys in keys_of.items() if keys <= missing]
+        other = missing.difference(*(keys_of[name] for name in new))
+        loaded = self.model.state_dict().keys() - missing - misshaped
+        parts = [f"{len(loaded)} tensors loaded"]
+        parts.append(f"{len(new)} new blocks: {', '.join(new)}" if new else "no new block")
+        for what, keys in (
+            ("not in the checkpoint", other),
+            ("of another shape", misshaped),
+            ("unexpected in the checkpoint", set(incompatible.unexpected_keys)),
+        ):
+            if keys:
+                shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+                parts.append(f"{len(keys)} {what}: {shown}")
+        return "; ".join(parts) + "."
+
+
+def rename_torchvision(weights: dict[str, Any]) -> dict[str, Any]:
+    """A torchvision ResNet's tensors under detectron2's names: ``layer1`` is ``res2``."""
+    renamed = {}
+    for key, value in weights.items():
+        name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", key)
+        name = re.sub(r"^(conv1|bn1)\b", r"stem.\1", name)
+        name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
+        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        renamed[name] = value
+    return renamed

@@ -1,0 +1,127 @@
+"""Every shipped configuration is a model, and the stock one until its blocks learn.
+
+Broken by hand to see a test fail, each of these failed at least one test here:
+MUTATIONS_LIST
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from tiny_models import (
+    FEW,
+    assert_same,
+    blocks_of,
+    build_pair,
+    images,
+    losses,
+    names_without_blocks,
+    outputs,
+    wake,
+)
+
+from nonlocal_det.config import load_config
+from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(
+    path.stem for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("Base-")
+)
+# After which module each block comes, for whoever reads the paper next to this.
+RES4 = "backbone.bottom_up.res4.nl"
+BLOCKS = {
+    "mask_rcnn_R50_NL": [f"{RES4}4"],
+    "mask_rcnn_R101_NL": [f"{RES4}21"],
+    "mask_rcnn_X152_NL": [f"{RES4}34"],
+    "mask_rcnn_R50_NL5": [
+        *(f"backbone.bottom_up.res3.nl{i}" for i in (1, 3)),
+        *(f"{RES4}{i}" for i in (1, 3, 5)),
+    ],
+    "mask_rcnn_R50_NL10": [
+        *(f"backbone.bottom_up.res3.nl{i}" for i in range(4)),
+        *(f"{RES4}{i}" for i in range(6)),
+    ],
+    "mask_rcnn_R101_NL5": [
+        *(f"backbone.bottom_up.res3.nl{i}" for i in (1, 3)),
+        *(f"{RES4}{i}" for i in (6, 13, 20)),
+    ],
+    "keypoint_rcnn_R101_headNL4": [
+        f"roi_heads.keypoint_head.nl_conv_fcn_relu{i}" for i in (2, 4, 6, 8)
+    ],
+    "mask_rcnn_R50_DNL_c4c5": [
+        f"{RES4}4",
+        *(f"backbone.bottom_up.res5.nl{i}" for i in (0, 1, 2)),
+    ],
+    "mask_rcnn_R50_C4_CGNL": ["backbone.res4.nl4"],
+}
+
+
+def tiny_config(name):
+    cfg = load_config(str(ROOT / "configs" / f"{name}.yaml"), FEW)
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    if cfg.MODEL.RESNETS.NUM_GROUPS > 1:
+        cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 1
+    # SyncBN trains on GPUs only.
+    for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
+        node.NORM = node.NORM.replace("SyncBN", "naiveSyncBN")
+    return cfg
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_configuration(name, tmp_path):
+    cfg = tiny_config(name)
+    stock, model = build_pair(cfg)
+    inputs = images(cfg, (64, 64))
+
+    blocks = blocks_of(model)
+    assert names_without_blocks(model) == list(stock.state_dict())
+    assert blocks and list(blocks) == BLOCKS.get(name, list(blocks))
+
+    assert_same(outputs(model, inputs), outputs(stock, inputs))
+    del stock
+
+    losses(model, inputs)
+    for place, block in blocks.items():
+        zero = getattr(block.norm, "weight", block.out.weight)
+        assert zero.grad.abs().sum() > 0, place
+
+    wake(model)
+    DetectionCheckpointer(model, str(tmp_path)).save("model")
+    torch.manual_seed(4)
+    fresh = build_model(cfg).eval()
+    NonLocalCheckpointer(fresh).load(str(tmp_path / "model.pth"))
+    assert_same(outputs(fresh, inputs), outputs(model, inputs))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_and_datasets_are_known(name):
+    cfg = load_config(str(ROOT / "configs" / f"{name}.yaml"))
+    depth = f"-{cfg.MODEL.RESNETS.DEPTH}"
+    assert not cfg.MODEL.WEIGHTS or depth in cfg.MODEL.WEIGHTS
+    assert ("keypoints" in cfg.DATASETS.TRAIN[0]) == cfg.MODEL.KEYPOINT_ON
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_only_bases_stand_alone(path):
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert path.name.startswith("Base-") or re.search(r'^_BASE_: ".+\.yaml"$', text, re.MULTILINE)
+
+
+def test_the_table_lists_every_configuration():
+    rows = re.findall(r"^\| \[`(\w+)`\].*?\| (.*?) \|", (ROOT / "docs/models.md").read_text(), re.M)
+    positions = {
+        name: load_config(str(ROOT / "configs" / f"{name}.yaml")).MODEL.NONLOCAL.POSITIONS
+        for name in CONFIGS
+    }
+    # Settings of a position are in its file.
+    assert {name: text.replace("`", "") for name, text in rows} == {
+        name: ", ".join(position.split()[0] for position in given)
+        for name, given in positions.items()
+    }

@@ -1,0 +1,203 @@
+"""Weights of other implementations give the same outputs here.
+
+The references are written from what those implementations compute, in their order of operations and
+under their names; the weights are made for the test.
+
+Broken by hand to see a test fail, each of these failed at least one test here:
+MUTATIONS_LIST
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from nonlocal_det import NonLocalBlock
+from nonlocal_det.modeling.convert import convert_alexhex7, convert_caffe2, convert_mmcv
+
+C, D = 6, 4
+X = torch.randn(2, C, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def conv(name, c_in, c_out, bias=True, dims=2):
+    state = {f"{name}.weight": random(c_out, c_in, *[1] * dims)}
+    return {**state, f"{name}.bias": random(c_out)} if bias else state
+
+
+def batch_norm(name, channels):
+    return {
+        f"{name}.weight": random(channels),
+        f"{name}.bias": random(channels),
+        f"{name}.running_mean": random(channels),
+        f"{name}.running_var": random(channels).abs() + 0.5,
+        f"{name}.num_batches_tracked": torch.tensor(3),
+    }
+
+
+def apply_conv(state, name, x):
+    return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+
+def apply_batch_norm(state, name, x):
+    parts = ("running_mean", "running_var", "weight", "bias")
+    return F.batch_norm(x, *(state[f"{name}.{part}"] for part in parts), training=False)
+
+
+def pairs(pairwise, theta, phi, w_f=None, scale=1.0):
+    """The weights (B, N, M) for theta (B, D, N) and phi (B, D, M)."""
+    if pairwise == "concatenation":
+        n, m = theta.shape[2], phi.shape[2]
+        both = torch.cat(
+            [theta[:, :, :, None].expand(-1, -1, n, m), phi[:, :, None].expand(-1, -1, n, m)], dim=1
+        )
+        return torch.einsum("bdnm,d->bnm", both, w_f.flatten()).relu() / m
+    logits = torch.einsum("bdn,bdm->bnm", theta, phi)
+    return logits / phi.shape[2] if pairwise == "dot_product" else (logits * scale).softmax(dim=2)
+
+
+def gather(weights, g, like):
+    return torch.einsum("bnm,bdm->bdn", weights, g).reshape(len(like), -1, *like.shape[2:])
+
+
+def loaded(state, **settings):
+    block = NonLocalBlock(C, inner_channels=D, **settings).double().eval()
+    block.load_state_dict(state)
+    return block
+
+
+@pytest.mark.parametrize("sub_sample", [False, True])
+@pytest.mark.parametrize("norm", ["", "BN"])
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_mmcv(pairwise, norm, sub_sample):
+    torch.manual_seed(1)
+    at = ".0" if sub_sample else ""
+    state = conv(f"g{at}.conv", C, D)
+    if pairwise != "gaussian":
+        state.update({**conv("theta.conv", C, D), **conv(f"phi{at}.conv", C, D)})
+    if pairwise == "concatenation":
+        state.update(conv("concat_project.conv", 2 * D, 1, bias=False))
+    # Its convolutions have a bias only without a norm.
+    state.update(conv("conv_out.conv", D, C, bias=not norm))
+    state.update(batch_norm("conv_out.bn", C) if norm else {})
+
+    def pool(x):
+        return F.max_pool2d(x, 2) if sub_sample else x
+
+    g = pool(apply_conv(state, f"g{at}.conv", X)).flatten(2)
+    theta, phi = X, pool(X)
+    if pairwise != "gaussian":
+        theta = apply_conv(state, "theta.conv", X)
+        phi = pool(apply_conv(state, f"phi{at}.conv", X))
+    scale = D**-0.5 if pairwise == "embedded_gaussian" else 1.0
+    w_f = state.get("concat_project.conv.weight")
+    weights = pairs(pairwise, theta.flatten(2), phi.flatten(2), w_f, scale)
+    out = apply_conv(state, "conv_out.conv", gather(weights, g, X))
+    expected = X + (apply_batch_norm(state, "conv_out.bn", out) if norm else out)
+
+    scaled = pairwise == "embedded_gaussian"
+    settings = {"pairwise": pairwise, "norm": norm, "subsample": sub_sample, "scale": scaled}
+    assert_close(loaded(convert_mmcv(state), **settings)(X), expected)
+
+
+@pytest.mark.parametrize("sub_sample", [False, True])
+@pytest.mark.parametrize("bn_layer", [False, True])
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_alexhex7(pairwise, bn_layer, sub_sample):
+    torch.manual_seed(2)
+    at = ".0" if sub_sample else ""
+    state = conv(f"g{at}", C, D)
+    if pairwise != "gaussian":
+        state.update({**conv("theta", C, D), **conv(f"phi{at}", C, D)})
+    if pairwise == "concatenation":
+        state.update(conv("concat_project.0", 2 * D, 1, bias=False))
+    out_name = "W.0" if bn_layer else "W"
+    state.update(conv(out_name, D, C))
+    state.update(batch_norm("W.1", C) if bn_layer else {})
+
+    def pool(x):
+        return F.max_pool2d(x, 2) if sub_sample else x
+
+    g = pool(apply_conv(state, f"g{at}", X)).flatten(2)
+    theta, phi = X, pool(X)
+    if pairwise != "gaussian":
+        theta, phi = apply_conv(state, "theta", X), pool(apply_conv(state, f"phi{at}", X))
+    w_f = state.get("concat_project.0.weight")
+    weights = pairs(pairwise, theta.flatten(2), phi.flatten(2), w_f)
+    out = apply_conv(state, out_name, gather(weights, g, X))
+    expected = X + (apply_batch_norm(state, "W.1", out) if bn_layer else out)
+
+    settings = {"pairwise": pairwise, "norm": "BN" if bn_layer else "", "subsample": sub_sample}
+    assert_close(loaded(convert_alexhex7(state), **settings)(X), expected)
+
+
+@pytest.mark.parametrize("use_maxpool", [False, True])
+@pytest.mark.parametrize("after", ["bn", "affine", "neither"])
+@pytest.mark.parametrize("use_softmax", [False, True])
+@pytest.mark.parametrize("no_bias", [False, True])
+def test_caffe2(use_maxpool, after, use_softmax, no_bias):
+    torch.manual_seed(3)
+    blobs = {"conv1_w": random(2, 2), "nonlocal_conv4_4_theta_w_momentum": random(1)}
+    for part, c_in, c_out in (("theta", C, D), ("phi", C, D), ("g", C, D), ("out", D, C)):
+        blobs[f"nonlocal_conv4_4_{part}_w"] = random(c_out, c_in, 1, 1, 1)
+        if not no_bias:
+            blobs[f"nonlocal_conv4_4_{part}_b"] = random(c_out)
+    if after != "neither":
+        blobs.update({"nonlocal_conv4_4_bn_s": random(C), "nonlocal_conv4_4_bn_b": random(C)})
+    if after == "bn":
+        blobs["nonlocal_conv4_4_bn_rm"] = random(C)
+        blobs["nonlocal_conv4_4_bn_riv"] = random(C).abs() + 0.5
+
+    def blob(name):
+        return blobs.get(f"nonlocal_conv4_4_{name}")
+
+    def embed(name, x):
+        return F.conv2d(x, blob(f"{name}_w").squeeze(-1), blob(f"{name}_b"))
+
+    pooled = F.max_pool2d(X, 2) if use_maxpool else X
+    theta, phi, g = embed("theta", X), embed("phi", pooled), embed("g", pooled)
+    pairwise = "embedded_gaussian" if use_softmax else "dot_product"
+    weights = pairs(pairwise, theta.flatten(2), phi.flatten(2), scale=D**-0.5)
+    out = embed("out", gather(weights, g.flatten(2), X))
+    if after == "bn":
+        statistics = (blob("bn_rm"), blob("bn_riv"), blob("bn_s"), blob("bn_b"))
+        out = F.batch_norm(out, *statistics, training=False, eps=1e-5)
+    elif after == "affine":
+        out = out * blob("bn_s")[:, None, None] + blob("bn_b")[:, None, None]
+
+    arrays = {name: value.numpy() for name, value in blobs.items()}
+    state = convert_caffe2(arrays, "nonlocal_conv4_4")
+    settings = {"pairwise": pairwise, "norm": "BN" if after == "bn" else "", "scale": True}
+    block = NonLocalBlock(C, inner_channels=D, subsample=use_maxpool, pool_first=True, **settings)
+    # Statistics of Caffe2 do not count batches.
+    result = block.double().eval().load_state_dict(state, strict=False)
+    assert set(result.missing_keys) <= {"norm.num_batches_tracked"} and not result.unexpected_keys
+    assert_close(block(X), X + out)
+
+
+def test_caffe2_keeps_three_dimensions():
+    blobs = {f"nl_{part}_w": random(D, C, 1, 1, 1) for part in ("theta", "phi", "g")}
+    blobs["nl_out_w"] = random(C, D, 1, 1, 1)
+    block = NonLocalBlock(C, dims=3, inner_channels=D, norm="")
+    block.double().load_state_dict(convert_caffe2(blobs, "nl", dims=3))
+
+
+@pytest.mark.parametrize(
+    ("convert", "said"),
+    [
+        (lambda: convert_mmcv(conv("theta", C, D)), "'theta.weight' is no tensor of mmcv's"),
+        (lambda: convert_alexhex7(conv("key", C, D)), "'key.weight' is no tensor of AlexHex7's"),
+        (lambda: convert_alexhex7(conv("g", C, D)), "out.weight would be missing"),
+        (lambda: convert_caffe2({"conv1_w": X}, "nonlocal_conv4_4"), "'nonlocal_conv4_4'"),
+        (lambda: convert_caffe2({"nl_colour": X}, "nl"), "'colour' is no tensor of the Caffe2"),
+    ],
+)
+def test_what_is_no_such_block(convert, said):
+    with pytest.raises(ValueError, match=said):
+        convert()

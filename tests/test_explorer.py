@@ -1,0 +1,416 @@
+"""The explorer: what its file holds, and what it does in a real browser, headless."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
+
+from nonlocal_det import NonLocalBlock
+from nonlocal_det.attention import AttentionRecorder, Look, explorer_page
+from nonlocal_det.attention.explorer import DECADES, MAX_BYTES, _means, _steps, encode
+from nonlocal_det.attention.geometry import Grid
+
+WIDTH, HEIGHT = 120, 80
+LOOKS = [
+    Look((35.0, 25.0), "1 left </script> 90%", (10.0, 10.0, 60.0, 40.0)),
+    Look((90.0, 60.0), "2 right 80%", (70.0, 45.0, 110.0, 75.0)),
+]
+
+
+class Detector(nn.Module):
+    """Three blocks: one of the whole picture with two colours, one with one, one in a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, stride=8)
+        self.plain = NonLocalBlock(8)
+        self.signed = NonLocalBlock(8, pairwise="dot_product", subsample=2)
+        self.pooler = ROIPooler(6, scales=[1 / 8], sampling_ratio=0, pooler_type="ROIAlignV2")
+        self.head = NonLocalBlock(8)
+
+    def forward(self, image):
+        x = self.signed(self.plain(self.stem(image)))
+        boxes = [Boxes(torch.tensor([look.box for look in LOOKS]))]
+        return self.head(self.pooler([x], boxes))
+
+
+@pytest.fixture(scope="module")
+def recorder() -> AttentionRecorder:
+    torch.manual_seed(0)
+    with torch.no_grad(), AttentionRecorder(Detector().eval()) as recorder:
+        recorder._model(torch.rand(1, 3, HEIGHT, WIDTH))
+    return recorder
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def page(recorder, image) -> str:
+    return explorer_page(image, LOOKS, recorder, title="<a> & b.png")
+
+
+def decoded(codes: np.ndarray, largest: np.ndarray, signed: bool) -> np.ndarray:
+    """What the scale says that codes (Q, M) stand for."""
+    top = 127 if signed else 255
+    magnitude = (codes & 127 if signed else codes).astype(float)
+    values = 10.0 ** (((magnitude - 1) / (top - 1) - 1) * DECADES) * (magnitude > 0)
+    return values * largest[:, None] * np.where(signed & (codes > 127), -1, 1)
+
+
+@pytest.mark.parametrize("signed, error", [(False, 0.02), (True, 0.04)])
+def test_codes_keep_four_decades(signed, error):
+    magnitudes = np.float32([1.0, 0.5, 0.1, 0.0123, 1.1e-4])
+    values = np.stack([magnitudes * 3e-3, np.zeros(5, np.float32)])
+    if signed:
+        values[0, 1::2] *= -1
+    largest, codes = encode(values, signed)
+    assert codes.dtype == np.uint8
+    np.testing.assert_allclose(decoded(codes, largest, signed), values, rtol=error)
+    assert encode(np.float32([[1.0, 0.9e-4]]), signed)[1][0, 1] == 0
+
+
+def test_means_of_groups_at_the_border_are_of_what_is_there():
+    values = np.arange(15.0).reshape(1, 3, 5)
+    # Rows 0 and 1, columns 0 and 1: 0, 1, 5, 6; the corner is 14 alone.
+    expected = [[[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]]
+    np.testing.assert_array_equal(_means(values, 2), expected)
+    np.testing.assert_array_equal(_means(values, 1), values)
+
+
+def test_page_of_a_large_picture_stays_below_its_limit():
+    bounds = (0.0, 0.0, 1333.0, 800.0)
+    for stride in (4, 8, 16, 32):
+        grid = Grid(0, 0, stride, stride, -(-1333 // stride), -(-800 // stride), bounds)
+        points, keys = _steps(grid, grid, 1.7e6)
+        small, targets = grid.coarser(points), grid.coarser(keys)
+        assert small.columns * small.rows * targets.columns * targets.rows <= 1.7e6
+    assert _steps(grid, grid, 1.7e6) == (1, 1)
+
+
+class White(nn.Module):
+    """Features without any order, so that nothing compresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(NonLocalBlock(4, pairwise="dot_product") for _ in range(3))
+
+    def forward(self, image):
+        for block in self.blocks:
+            block(torch.randn(1, 4, 50, 84))
+
+
+def test_page_of_noise_with_several_large_blocks_stays_below_its_limit():
+    noise = np.random.default_rng(0).integers(0, 255, (800, 1333, 3), np.uint8)
+    with torch.no_grad(), AttentionRecorder(White()) as recorder:
+        recorder._model(torch.zeros(1, 3, 800, 1333))
+    page = explorer_page(noise, [], recorder, title="noise")
+    assert MAX_BYTES / 3 < len(page.encode()) < MAX_BYTES
+
+
+def test_page_is_self_contained_and_escapes_what_it_is_given(page):
+    assert "<title>&lt;a&gt; &amp; b.png" in page
+    assert not re.search(r"https?://|src=\"(?!data:)|@import|url\(", page)
+    assert "</script> 90%" not in page
+    assert page.count("</script>") == 2
+
+
+def test_page_without_blocks_or_looks(image):
+    empty = AttentionRecorder(nn.Identity())
+    with empty:
+        empty._model(torch.zeros(1, 3, HEIGHT, WIDTH))
+    assert '"blocks": []' in explorer_page(image, [], empty, title="nothing")
+
+
+def test_page_holds_the_maps_of_the_recorder(page, recorder):
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.S)[1])
+    block = data["blocks"][0]
+    view = block["views"][0]
+    assert (block["name"], view["steps"], view["points"]["columns"]) == ("plain", [1, 1], 15)
+    codes = np.frombuffer(zlib.decompress(base64.b64decode(view["codes"])), np.uint8)
+    largest = np.frombuffer(base64.b64decode(view["largest"]), "<f4")
+    values = decoded(codes.reshape(150, 150), largest, block["signed"])
+    # The cell in column 4 and row 7.
+    expected = recorder.rows("plain", [(36, 60)])[0][0].ravel()
+    close = np.abs(values[7 * 15 + 4] - expected) <= 0.02 * expected + 1e-4 * expected.max()
+    assert close.all()
+
+
+def browser():
+    """Headless Chromium, or a skipped test with the reason."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(programs):
+        pytest.skip("chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    # Without a sandbox, as root in a container.
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(programs[1])
+    return webdriver.Chrome(options=options, service=service)
+
+
+@pytest.fixture(scope="module")
+def driver():
+    driver = browser()
+    yield driver
+    driver.quit()
+
+
+def resize(driver, width: int, height: int, *, touch: bool = False, dark: bool = False) -> None:
+    """Make the window a laptop's or a phone's."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": touch}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": touch})
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+
+@pytest.fixture
+def opened(driver, page, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="utf-8")
+    resize(driver, 1366, 768)
+    driver.get(path.as_uri())
+    settle(driver)
+    yield driver
+    assert driver.get_log("browser") == []
+
+
+def settle(driver) -> None:
+    """Wait until the block's maps are unpacked and drawn."""
+    driver.execute_async_script(
+        "const done = arguments[0];"
+        "const wait = () => explorer.data.blocks[explorer.state.block].views[0].values"
+        " ? requestAnimationFrame(() => requestAnimationFrame(done)) : setTimeout(wait, 10);"
+        "wait();"
+    )
+
+
+def press(driver, *keys: str, held: str = "") -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    actions = ActionChains(driver)
+    if held:
+        actions.key_down(held)
+    actions.send_keys(*keys)
+    if held:
+        actions.key_up(held)
+    actions.perform()
+    settle(driver)
+
+
+def on_screen(driver, x: float, y: float) -> tuple[float, float]:
+    """Where a point of the picture is in the window."""
+    box = driver.execute_script(
+        "const b = document.getElementById('stage').getBoundingClientRect();"
+        "return [b.left, b.top, b.width, b.height]"
+    )
+    return box[0] + x / WIDTH * box[2], box[1] + y / HEIGHT * box[3]
+
+
+def mouse(driver, kind: str, x: float, y: float) -> None:
+    """A mouse event at a point of the picture."""
+    at = on_screen(driver, x, y)
+    event = {"type": kind, "x": at[0], "y": at[1], "button": "none"}
+    if kind != "mouseMoved":
+        event.update(button="left", clickCount=1)
+    driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+    settle(driver)
+
+
+def click(driver, x: float, y: float) -> None:
+    mouse(driver, "mousePressed", x, y)
+    mouse(driver, "mouseReleased", x, y)
+
+
+def shown(driver) -> np.ndarray:
+    """The map that the page shows, (R, C)."""
+    found = driver.execute_script(
+        "const m = explorer.map();"
+        "return m && [m.view.keys.rows, m.view.keys.columns, m.largest, [...m.shares]]"
+    )
+    if found is None:
+        return None
+    return np.array(found[3]).reshape(found[0], found[1]) * found[2]
+
+
+def point(driver) -> list[float]:
+    return driver.execute_script("return explorer.state.point")
+
+
+def text(driver, name: str) -> str:
+    return driver.execute_script(f"return document.getElementById({name!r}).innerText")
+
+
+def choose(driver, name: str, value: str) -> None:
+    driver.execute_script(
+        "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+        "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change'))",
+        name,
+        value,
+    )
+    settle(driver)
+
+
+def assert_is_the_recorders(driver, recorder, block, at, box=None):
+    expected = recorder.rows(block, [at], boxes=None if box is None else [box])[0][0]
+    tolerance = 0.04 * np.abs(expected) + 1.1e-4 * np.abs(expected).max()
+    assert (np.abs(shown(driver) - expected) <= tolerance).all()
+
+
+def test_map_under_the_pointer_is_the_recorders(opened, recorder):
+    for at in [(3, 3), (117, 5), (61.5, 44.5), (119.5, 79.5), (20, 70)]:
+        mouse(opened, "mouseMoved", *at)
+        np.testing.assert_allclose(point(opened), at, atol=0.2)
+        assert_is_the_recorders(opened, recorder, "plain", at)
+    choose(opened, "block", "1")
+    assert_is_the_recorders(opened, recorder, "signed", (20, 70))
+    mouse(opened, "mouseMoved", 100, 10)
+    assert_is_the_recorders(opened, recorder, "signed", (100, 10))
+
+
+def test_block_in_a_head_shows_the_detection_under_the_pointer(opened, recorder):
+    choose(opened, "block", "2")
+    for look in LOOKS:
+        at = (look.box[0] + 3, look.box[3] - 4)
+        mouse(opened, "mouseMoved", *at)
+        assert_is_the_recorders(opened, recorder, "head", at, look.box)
+    mouse(opened, "mouseMoved", 2, 78)
+    assert shown(opened) is None
+    assert "move into a box" in text(opened, "readout")
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_canvas_shows_the_recorders_map_in_its_place(opened, recorder, scale):
+    choose(opened, "scale", scale)
+    choose(opened, "opacity", "100")
+    press(opened, "a")  # no arrows
+    for at in [(30, 30), (100, 70)]:
+        mouse(opened, "mouseMoved", *at)
+        heat = recorder.attention("plain", [at])[0]
+        heat = heat / heat.max()
+        if scale == "log":
+            heat = np.clip(1 + np.log10(np.maximum(heat, 1e-9)) / DECADES, 0, 1)
+        light = pixels(opened) @ [0.3, 0.6, 0.1]
+        # Away from the point's own dot, and from the borders.
+        rows, columns = np.indices(light.shape)
+        inside = np.hypot(columns - at[0], rows - at[1]) > 4
+        inside &= (rows > 7) & (rows < HEIGHT - 8) & (columns > 7) & (columns < WIDTH - 8)
+
+        def likeness(down: int, across: int, light=light, heat=heat, inside=inside) -> float:
+            return np.corrcoef(light[inside], np.roll(heat, (down, across), (0, 1))[inside])[0, 1]
+
+        # The dark colors' steps leave a little; a quarter of a cell off is less alike.
+        assert likeness(0, 0) > 0.95
+        assert likeness(0, 0) > max(likeness(*d) for d in [(0, 2), (0, -2), (2, 0), (-2, 0)])
+
+
+def pixels(driver) -> np.ndarray:
+    """The canvas at each pixel of the picture, RGB (HEIGHT, WIDTH, 3)."""
+    data = driver.execute_script(
+        "const shown = document.getElementById('canvas'), c = document.createElement('canvas');"
+        "[c.width, c.height] = arguments;"
+        "const pen = c.getContext('2d'); pen.imageSmoothingQuality = 'high';"
+        "pen.drawImage(shown, 0, 0, c.width, c.height);"
+        "return [...pen.getImageData(0, 0, c.width, c.height).data]",
+        WIDTH,
+        HEIGHT,
+    )
+    return np.array(data, float).reshape(HEIGHT, WIDTH, 4)[..., :3]
+
+
+def test_click_pins_and_releases(opened):
+    mouse(opened, "mouseMoved", 30, 30)
+    click(opened, 40, 30)
+    mouse(opened, "mouseMoved", 90, 60)
+    np.testing.assert_allclose(point(opened), (40, 30), atol=0.2)
+    assert "Pinned at" in text(opened, "readout")
+    click(opened, 90, 60)
+    np.testing.assert_allclose(point(opened), (90, 60), atol=0.2)
+    click(opened, 90, 60)
+    mouse(opened, "mouseMoved", 10, 10)
+    np.testing.assert_allclose(point(opened), (10, 10), atol=0.2)
+
+
+def test_keyboard(opened, recorder):
+    from selenium.webdriver.common.keys import Keys
+
+    opened.execute_script("document.getElementById('stage').focus()")
+    press(opened, Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
+    # Cells are 8 pixels; it starts at the first detection.
+    assert point(opened) == [43, 33]
+    assert_is_the_recorders(opened, recorder, "plain", (43, 33))
+    press(opened, Keys.ARROW_LEFT, held=Keys.SHIFT)
+    assert point(opened) == [3, 33]
+    press(opened, Keys.ARROW_LEFT, held=Keys.SHIFT)
+    assert point(opened) == [0, 33]
+    press(opened, "n")
+    assert point(opened) == list(LOOKS[0].point)
+    press(opened, "n")
+    assert point(opened) == list(LOOKS[1].point)
+    press(opened, "b")
+    assert_is_the_recorders(opened, recorder, "signed", LOOKS[1].point)
+    press(opened, "l")
+    assert opened.execute_script("return explorer.state.scale") == "log"
+    press(opened, Keys.ESCAPE)
+    assert opened.execute_script("return explorer.state.pinned") is False
+    press(opened, Keys.ENTER)
+    assert opened.execute_script("return explorer.state.pinned") is True
+
+
+def test_detections_are_chosen_from_the_list(opened, recorder):
+    buttons = opened.find_elements("css selector", "#looks button")
+    assert [button.text for button in buttons] == [look.label for look in LOOKS]
+    buttons[1].click()
+    settle(opened)
+    assert_is_the_recorders(opened, recorder, "plain", LOOKS[1].point)
+    assert [b.get_attribute("aria-pressed") for b in buttons] == ["false", "true"]
+
+
+def test_touch(opened, recorder):
+    resize(opened, 390, 844, touch=True)
+    settle(opened)
+    for kind, at in (("touchStart", (30, 20)), ("touchMove", (95, 65)), ("touchEnd", None)):
+        points = [] if at is None else [dict(zip("xy", on_screen(opened, *at)))]
+        event = {"type": kind, "touchPoints": points}
+        opened.execute_cdp_cmd("Input.dispatchTouchEvent", event)
+        settle(opened)
+    np.testing.assert_allclose(point(opened), (95, 65), atol=0.5)
+    assert_is_the_recorders(opened, recorder, "plain", (95, 65))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width, height, touch", [(1366, 768, False), (390, 844, True)])
+def test_page_fits_its_window(opened, width, height, touch, dark, tmp_path):
+    resize(opened, width, height, touch=touch, dark=dark)
+    settle(opened)
+    wide, stage = opened.execute_script(
+        "const b = document.getElementById('stage').getBoundingClientRect();"
+        "return [document.documentElement.scrollWidth, [b.left, b.top, b.right, b.bottom]]"
+    )
+    assert wide <= width
+    # The whole picture is seen without scrolling, and it is large.
+    assert stage[0] >= 0 and stage[2] <= width and stage[3] <= height
+    assert stage[2] - stage[0] > width * 0.6
+    paper = opened.execute_script("return getComputedStyle(document.body).backgroundColor")
+    light = sum(map(int, re.findall(r"\d+", paper)[:3])) > 380
+    assert light is not dark
+    if os.environ.get("EXPLORER_SHOTS"):
+        name = f"{width}-{'dark' if dark else 'light'}.png"
+        opened.save_screenshot(os.path.join(os.environ["EXPLORER_SHOTS"], name))

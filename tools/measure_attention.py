@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Measure whether the attention of each block depends on the query at all, over a dataset.
+
+    python tools/measure_attention.py --output measured
+    python tools/measure_attention.py --config-file configs/mask_rcnn_R50_NL.yaml \
+        --weights model_final.pth --dataset coco_2017_val --images 500 --output measured
+
+Writes attention.csv and attention.png; nonlocal_det/attention/dependence.py says what the numbers
+are. Without a configuration it takes the model that ``tools/demo.py`` trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+from typing import Optional
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.modeling import build_model
+
+from nonlocal_det.attention import AttentionRecorder
+from nonlocal_det.attention.command import add_arguments, check_folder, load_cfg
+from nonlocal_det.attention.dependence import Dependence, mean, measure, plot, write_table
+from nonlocal_det.engine import check_dataset, one_sentence_errors
+
+
+def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    parser.add_argument("--dataset", help="by default the first of DATASETS.TEST")
+    parser.add_argument("--images", type=int, default=100, help="how many, at most (default 100)")
+    parser.add_argument("--queries", type=int, default=64, help="in each image (default 64)")
+    return parser.parse_args(arguments)
+
+
+def measure_dataset(cfg: CfgNode, dataset: str, images: int, queries: int) -> dict[str, Dependence]:
+    """The mean numbers of each block over the first images; blocks never reached are left out."""
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    recorder, mapper = AttentionRecorder(model), DatasetMapper(cfg, is_train=False)
+    found: dict[str, list[Optional[Dependence]]] = {name: [] for name in recorder.blocks}
+    for seed, record in enumerate(DatasetCatalog.get(dataset)[:images]):
+        with torch.no_grad(), recorder:
+            model([mapper(record)])
+        for name in recorder.recorded:
+            found[name].append(measure(recorder, name, queries=queries, seed=seed))
+    means = {name: mean(numbers) for name, numbers in found.items()}
+    return {name: numbers for name, numbers in means.items() if numbers is not None}
+
+
+def print_table(numbers: dict[str, Dependence]) -> None:
+    """A row for each block."""
+    width = max(map(len, numbers), default=5)
+    print(" " * width + "".join(f"{field.name:>10}" for field in fields(Dependence)))
+    for name, row in numbers.items():
+        print(f"{name:{width}}" + "".join(f"{value:10.4f}" for value in astuple(row)))
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Measure, print, write."""
+    args = parse_arguments(arguments)
+    with one_sentence_errors():
+        check_folder(args.output)
+        cfg = load_cfg(args)
+        dataset = args.dataset or cfg.DATASETS.TEST[0]
+        check_dataset(dataset)
+        numbers = measure_dataset(cfg, dataset, args.images, args.queries)
+        print_table(numbers)
+        write_table(numbers, os.path.join(args.output, "attention.csv"))
+        plot(numbers, os.path.join(args.output, "attention.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,10 +25,10 @@ from typing import Iterator, Optional
 
 OLDEST_PYTHON = (3, 9)
 ROOT = Path(__file__).resolve().parents[1]
-# A finished environment is a function of these files, and of where it lies.
+# A finished environment is a function of these files, and of where it lies. Not of setup.py: the
+# project is installed in editable form, and what it needs is in requirements.txt.
 INPUTS = (
     "requirements.txt",
-    "setup.py",
     "tools/bootstrap.py",
     "tools/install_detectron2.py",
     "tools/detectron2_cdo/edits.py",

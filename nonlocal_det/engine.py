@@ -1,0 +1,149 @@
+"""Training and evaluation with detectron2's own trainer, and the checks that come before."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.evaluation import (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    SemSegEvaluator,
+)
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils.file_io import PathManager
+
+from .config import load_config
+from .layers.base import choose
+from .modeling.checkpoint import NonLocalCheckpointer
+from .modeling.places import check_positions
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's trainer, evaluating by each dataset's ``evaluator_type``."""
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
+    ) -> DatasetEvaluator:
+        """The evaluator of a COCO, semantic or panoptic dataset.
+
+        Raises:
+            ValueError: for a dataset of another kind.
+        """
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        evaluators: list[DatasetEvaluator] = []
+        if kind in ("sem_seg", "coco_panoptic_seg"):
+            evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
+        if kind in ("coco", "coco_panoptic_seg"):
+            evaluators.append(COCOEvaluator(dataset_name, output_dir=folder))
+        if kind == "coco_panoptic_seg":
+            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
+        if not evaluators:
+            raise ValueError(
+                f"Dataset {dataset_name!r} has evaluator_type {kind!r}; 'coco', 'sem_seg' and "
+                f"'coco_panoptic_seg' can be evaluated."
+            )
+        return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """SGD as detectron2 makes it, or AdamW with the same groups of parameters.
+
+        Raises:
+            ValueError: if ``SOLVER.OPTIMIZER`` is neither.
+        """
+        choose("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("SGD", "AdamW"))
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return super().build_optimizer(cfg, model)
+        groups = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return optimizer(groups, lr=cfg.SOLVER.BASE_LR)
+
+    def build_hooks(self) -> list[Any]:
+        """Make detectron2's hooks, saving and loading with our checkpointer."""
+        # Before the hooks are made: the one that saves holds on to the checkpointer.
+        self.checkpointer = NonLocalCheckpointer(
+            self.checkpointer.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
+        )
+        return super().build_hooks()
+
+    @classmethod
+    def test_with_augmentation(cls, cfg: CfgNode, model: torch.nn.Module) -> OrderedDict[str, Any]:
+        """Evaluate with test-time augmentation; the results' names end in ``_TTA``."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((name + "_TTA", value) for name, value in results.items())
+
+
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """End the program with what a wrong input raised, as one sentence, and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
+
+
+def setup(args: Namespace) -> CfgNode:
+    """The configuration of detectron2's standard arguments, checked before anything is written.
+
+    Raises:
+        FileNotFoundError: for a missing configuration or dataset.
+        ValueError: for a key, a value, a position or a dataset name that does not exist.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    check_positions(cfg)
+    for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+        check_dataset(name)
+    on_cpu = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
+    if on_cpu:
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    default_setup(cfg, args)
+    if on_cpu:
+        logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")
+    return cfg
+
+
+def check_dataset(name: str) -> None:
+    """See that a dataset is registered and its files are there.
+
+    Raises:
+        ValueError: if no dataset has that name.
+        FileNotFoundError: with the file or folder that is missing.
+    """
+    if name not in DatasetCatalog.list():
+        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=4, cutoff=0.4)
+        raise ValueError(f"There is no dataset {name!r}. The nearest names are {', '.join(near)}.")
+    metadata = MetadataCatalog.get(name)
+    for key in ("json_file", "image_root"):
+        path = metadata.get(key)
+        if path and not os.path.exists(PathManager.get_local_path(path)):
+            raise FileNotFoundError(
+                f"Dataset {name!r} needs {path!r}, which does not exist. The folder that holds all "
+                f"datasets is given by the environment variable DETECTRON2_DATASETS, now "
+                f"{os.environ.get('DETECTRON2_DATASETS', 'datasets')!r}."
+            )

@@ -1,0 +1,143 @@
+"""Real runs of tools/train_net.py: training, COCO evaluation, resuming, wrong input.
+
+Tried by hand, and seen to fail: evaluating without loading the weights; ignoring --resume; checking
+the dataset after the output folder is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.engine import default_argument_parser
+
+from nonlocal_det.data import register_lamps
+
+PROJECT = Path(__file__).parents[1]
+COCO = PROJECT.parent / "shared" / "data" / "coco"
+LAMPS = "lamps_mask_rcnn_R18_NL.yaml"
+SMALL = [
+    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.0001"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "10", "DATALOADER.NUM_WORKERS", "0", "SEED", "1"),
+    *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TEST", "160"),
+]
+
+
+def train_net(
+    config: str, *arguments: object, datasets: Path, fails: bool = False
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / "train_net.py")]
+    done = subprocess.run(
+        [*command, "--config-file", str(PROJECT / "configs" / config), *map(str, arguments)],
+        env={**os.environ, "DETECTRON2_DATASETS": str(datasets)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def last_results(output: Path) -> dict[str, float]:
+    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    return {key: value for key, value in rows[-1].items() if key.startswith(("bbox/", "segm/"))}
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, datasets: Path) -> Path:
+    output = tmp_path_factory.mktemp("lamps")
+    done = train_net(LAMPS, *SMALL, "OUTPUT_DIR", output, datasets=datasets)
+    assert "runs on the CPU" not in done.stdout  # it was asked for
+    return output
+
+
+def test_training_leaves_what_detectron2_leaves(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "last_checkpoint"} <= names
+    assert (trained / "inference" / "coco_instances_results.json").exists()
+    assert {"bbox/AP50", "segm/AP50", "bbox/AP-amber"} <= last_results(trained).keys()
+
+
+def test_evaluation_alone_gives_the_same_numbers(
+    trained: Path, datasets: Path, tmp_path: Path
+) -> None:
+    weights = ("MODEL.WEIGHTS", trained / "model_final.pth", "OUTPUT_DIR", tmp_path)
+    done = train_net(LAMPS, "--eval-only", *SMALL, *weights, datasets=datasets)
+    assert "no new block" in done.stdout
+    first = json.loads((trained / "inference" / "coco_instances_results.json").read_text())
+    second = json.loads((tmp_path / "inference" / "coco_instances_results.json").read_text())
+    assert first and second == first
+
+
+def test_training_resumes(trained: Path, datasets: Path) -> None:
+    options = ("--resume", *SMALL, "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", trained)
+    done = train_net(LAMPS, *options, datasets=datasets)
+    assert "Starting training from iteration 2" in done.stdout
+    rows = [json.loads(line) for line in (trained / "metrics.json").read_text().splitlines()]
+    assert rows[-1]["iteration"] == 3
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not COCO.exists(), reason="needs some COCO 2017 in ../shared/data/coco")
+def test_real_coco(tmp_path: Path) -> None:
+    config = "mask_rcnn_R50_NL.yaml"
+    options = (*SMALL, "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path)
+    done = train_net(config, *options, datasets=COCO.parent)
+    assert "No GPU was found" in done.stdout or "cuda" in done.stdout
+    assert "Starting training from iteration 0" in done.stdout
+    weights = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", tmp_path / "again")
+    train_net(config, "--eval-only", *SMALL, *weights, datasets=COCO.parent)
+    name = Path("inference") / "coco_instances_results.json"
+    assert (tmp_path / "again" / name).read_text() == (tmp_path / name).read_text()
+
+
+def test_a_missing_dataset_ends_with_one_sentence(tmp_path: Path) -> None:
+    output = ("OUTPUT_DIR", tmp_path / "output")
+    done = train_net("mask_rcnn_R50_NL.yaml", *output, datasets=tmp_path, fails=True)
+    assert "Traceback" not in done.stderr
+    assert all(part in done.stderr for part in ("coco_2017_train", str(tmp_path), "DETECTRON2_"))
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "said"),
+    [
+        ("no_such.yaml", (), ["no_such.yaml"]),
+        (LAMPS, ("MODEL.NONLOCL.SCALE", "True"), ["MODEL.NONLOCL", "MODEL.NONLOCAL"]),
+        (LAMPS, ("MODEL.NONLOCAL.SCALE", "often"), ["MODEL.NONLOCAL.SCALE", "bool"]),
+        (LAMPS, ("MODEL.NONLOCAL.MECHANISM", "local"), ["local", "global_context"]),
+        (LAMPS, ("MODEL.NONLOCAL.PAIRWISE", "cosine"), ["cosine", "embedded_gaussian"]),
+        (LAMPS, ("MODEL.NONLOCAL.POSITIONS", "('res6[0]',)"), ["res6[0]", "res2, res3, res4"]),
+        (LAMPS, ("MODEL.NONLOCAL.POSITIONS", "('res4[7]',)"), ["res4[7]", "2 blocks", "0 to 1"]),
+        (LAMPS, ("MODEL.NONLOCAL.POSITIONS", "('res4[',)"), ["'res4['", "'res4[-2]'"]),
+        (LAMPS, ("MODEL.NONLOCAL.NORM", "FrozenBN"), ["FrozenBN", "'BN'"]),
+        (
+            LAMPS,
+            ("MODEL.NONLOCAL.POSITIONS", "('res2[0]',)", "MODEL.BACKBONE.FREEZE_AT", "2"),
+            ["res2[0]", "MODEL.BACKBONE.FREEZE_AT"],
+        ),
+        (LAMPS, ("DATASETS.TEST", "('lamp_val',)"), ["lamp_val", "lamps_val"]),
+    ],
+)
+def test_wrong_input_ends_with_one_sentence(
+    config: str, options: tuple[str, ...], said: list[str], datasets: Path, tmp_path: Path
+) -> None:
+    """In this process, for speed: what train_net.py would end with."""
+    script = runpy.run_path(str(PROJECT / "tools" / "train_net.py"))
+    file = str(PROJECT / "configs" / config)
+    register_lamps(str(datasets))
+    arguments = ["--config-file", file, *options, "OUTPUT_DIR", str(tmp_path / "output")]
+    with pytest.raises(SystemExit) as stop:
+        script["main"](default_argument_parser().parse_args(arguments))
+    sentence = str(stop.value)
+    assert all(part in sentence for part in said), sentence
+    assert "\n" not in sentence and not list(tmp_path.rglob("*.pth"))

@@ -44,6 +44,9 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # compact_generalized: "dot_product", or "gaussian", Taylor-expanded to this order.
     node.KERNEL = "dot_product"
     node.ORDER = 3
+    # Every so many iterations, write pictures of attention and each block's entropy, gain and
+    # weights to TensorBoard; 0 is never. Costs an inference call on three pictures each time.
+    node.VIS_PERIOD = 0
 
     # "SGD", detectron2's only one, or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"

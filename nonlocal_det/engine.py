@@ -27,6 +27,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils.file_io import PathManager
 
+from .attention.hook import AttentionHook
 from .config import load_config
 from .layers.base import choose
 from .modeling.checkpoint import NonLocalCheckpointer
@@ -87,7 +88,11 @@ class Trainer(DefaultTrainer):
         self.checkpointer = NonLocalCheckpointer(
             self.checkpointer.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
         )
-        return super().build_hooks()
+        built = super().build_hooks()
+        if self.cfg.MODEL.NONLOCAL.VIS_PERIOD:
+            # Before the writers, which come last.
+            built.insert(-1, AttentionHook(self.cfg, self.cfg.MODEL.NONLOCAL.VIS_PERIOD))
+        return built
 
     @classmethod
     def test_with_augmentation(cls, cfg: CfgNode, model: torch.nn.Module) -> OrderedDict[str, Any]:

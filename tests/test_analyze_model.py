@@ -32,21 +32,19 @@ def analyze(*options):
     return model, TOOL["analyze"](model, (64, 96))
 
 
-# By hand: theta and out for every position; phi and g for every key, of which there are 2 x 3
-# subsampled; pooled before the embeddings, only as many are embedded.
+# By hand: theta and out for every position, phi and g for every key, of which there are 2 x 3.
+EMBEDDINGS = (2 + 2 / 4) * CONVOLUTION
 BY_HAND = {
-    "embedded_gaussian": ((), 4 * CONVOLUTION + N * 6 * (D + D)),
+    "embedded_gaussian": ((), EMBEDDINGS + N * 6 * (D + D)),
     "all keys": (("SUBSAMPLE", "False"), 4 * CONVOLUTION + N * N * (D + D)),
-    "pooled first": (("POOL_FIRST", "True"), (2 + 2 / 4) * CONVOLUTION + N * 6 * (D + D)),
+    # Every position is embedded, and then pooled.
+    "pooled last": (("POOL_FIRST", "False"), 4 * CONVOLUTION + N * 6 * (D + D)),
     # The Gaussian compares all channels and embeds but the values.
-    "gaussian": (("PAIRWISE", "gaussian"), 2 * CONVOLUTION + N * 6 * (C + D)),
+    "gaussian": (("PAIRWISE", "gaussian"), (1 + 1 / 4) * CONVOLUTION + N * 6 * (C + D)),
     # g phi^T, once for all queries, and that with theta.
-    "dot_product": (("PAIRWISE", "dot_product"), 4 * CONVOLUTION + D * D * (6 + N)),
+    "dot_product": (("PAIRWISE", "dot_product"), EMBEDDINGS + D * D * (6 + N)),
     # Two prefix sums over the keys of each channel, one slope times rise for each query.
-    "concatenation": (
-        ("PAIRWISE", "concatenation"),
-        4 * CONVOLUTION + 2 * 6 * D + N * D,
-    ),
+    "concatenation": (("PAIRWISE", "concatenation"), EMBEDDINGS + 2 * 6 * D + N * D),
 }
 
 
@@ -73,7 +71,7 @@ def test_without_blocks_it_is_the_stock_model():
     assert found["stock"] == TOOL["analyze"](stock, (64, 96))["total"]
     # The block of the mask head sees every object.
     head = found["blocks"]["roi_heads.mask_head.nl_mask_fcn4"]["flops"]
-    assert head == 3 * (4 * 14 * 14 * 32 * 16 + 196 * 49 * (16 + 16))
+    assert head == 3 * (2 * (196 + 49) * 32 * 16 + 196 * 49 * (16 + 16))
 
 
 def test_the_command(tmp_path, capsys):

@@ -176,7 +176,9 @@ def test_survives_copies_and_pickling(inserted):
 
 
 def small():
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 4, 1)))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1))
+    )
 
 
 def test_blocks_take_dtype_and_mode_of_their_neighbours():
@@ -195,7 +197,7 @@ def test_settings_of_a_position_reach_its_block():
     blocks = [m for m in model.modules() if isinstance(m, NonLocalBlock)]
     assert [(b.pairwise, b.inner_channels) for b in blocks] == [
         ("embedded_gaussian", 3),
-        ("dot_product", 2),
+        ("dot_product", 3),
     ]
 
 
@@ -233,7 +235,7 @@ def test_twice_in_two_calls_is_refused():
     with pytest.raises(PositionError, match="second block"):
         insert_non_local(model, ["layer3.0"], make_block)
     # A second call counts as the first did: blocks are no places.
-    assert insert_non_local(model, ["layer3[-1]"], make_block) == ["layer3.nl1"]
+    assert insert_non_local(model, ["layer3[1]"], make_block) == ["layer3.nl1"]
 
 
 def test_channels_that_nobody_tells_are_an_error():

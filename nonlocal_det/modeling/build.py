@@ -17,8 +17,8 @@ from .places import check_positions
 from .positions import MakeBlock
 
 NORMS = ("", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "GN")
-# Keys of MODEL.NONLOCAL that say where blocks go, not what they are.
-PLACEMENT = ("POSITIONS", "BACKBONE")
+# Keys of MODEL.NONLOCAL that do not say what a block is.
+NOT_OF_BLOCKS = ("POSITIONS", "BACKBONE", "VIS_PERIOD")
 
 
 def insertion_from_config(cfg: CfgNode, *places: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def insertion_from_config(cfg: CfgNode, *places: str) -> dict[str, Any]:
     positions = check_positions(cfg)
     return {
         "positions": [position.text for position in positions if position.place in places],
-        "make_block": block_maker(**_without_placement(cfg.MODEL.NONLOCAL)),
+        "make_block": block_maker(**_of_blocks(cfg.MODEL.NONLOCAL)),
     }
 
 
@@ -49,7 +49,7 @@ def block_maker(**settings: Any) -> MakeBlock:
 
 def make_block(channels: int, **settings: Any) -> nn.Module:
     """A block for ``channels`` channels, by settings as in `block_maker`."""
-    defaults = _without_placement(default_settings())
+    defaults = _of_blocks(default_settings())
     for key in settings:
         choose("A setting", key, tuple(defaults))
     chosen = {**defaults, **settings}
@@ -69,8 +69,8 @@ def make_block(channels: int, **settings: Any) -> nn.Module:
     return mechanism(channels, **{name: arguments[name] for name in taken})
 
 
-def _without_placement(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in PLACEMENT}
+def _of_blocks(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in NOT_OF_BLOCKS}
 
 
 def _norm(name: str) -> Any:

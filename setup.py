@@ -33,5 +33,7 @@ setup(
         "matplotlib",
         "pycocotools",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "ruff", "onnx", "onnxruntime", "onnxscript"]},
+    extras_require={
+        "test": ["pytest", "hypothesis", "ruff", "onnx", "onnxruntime", "onnxscript", "selenium"]
+    },
 )

@@ -1,11 +1,11 @@
 """The recorder against dense float64 sums and hand-made pictures, and the drawing.
 
 Each of these was broken by hand, and a test failed: x and y flipped; a map half a cell, or half a
-pixel, off; padding not cropped; queries counted without padding; subsampling forgotten; the scale of
-resizing inverted; a stride that is no power of two; the padded size unknown; boxes of regions not
-copied, not scaled, or the first image's for all; another region, or the largest; hooks left behind;
-the strongest without magnitude; a box ignored; NaN painted; the colours of signs swapped; arrows
-turned round.
+pixel, off; padding not cropped; queries counted without padding; subsampling forgotten; the scale
+of resizing inverted; a stride that is no power of two; the padded size unknown; boxes of regions
+not copied, not scaled, or the first image's for all; another region, or the largest; hooks left
+behind; the strongest without magnitude; a box ignored; NaN painted; the colours of signs swapped;
+arrows turned round.
 """
 
 from __future__ import annotations

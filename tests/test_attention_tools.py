@@ -1,8 +1,9 @@
 """The command lines that draw and measure attention, and the hook that watches it in training.
 
-Each of these was broken by hand, and a test failed: pairs of a query with itself counted; entropy not
-relative; what a block adds with its input; a hook that shifts the trainer's random draws, leaves the
-model in evaluation mode, or is one iteration off; EXIF or transparency ignored; 16 bits cut off.
+Each of these was broken by hand, and a test failed: pairs of a query with itself counted; entropy
+not relative; what a block adds with its input; a hook that shifts the trainer's random draws,
+leaves the model in evaluation mode, or is one iteration off; EXIF or transparency ignored; 16
+bits cut off.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from tiny_models import (
 )
 
 from nonlocal_det.config import load_config
+from nonlocal_det.layers import MECHANISMS
 from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +83,11 @@ def test_shipped_configuration(name, tmp_path):
     blocks = blocks_of(model)
     assert names_without_blocks(model) == list(stock.state_dict())
     assert blocks and list(blocks) == BLOCKS.get(name, list(blocks))
+    settings = cfg.MODEL.NONLOCAL
+    for block in blocks.values():
+        assert type(block) is MECHANISMS[settings.MECHANISM]
+        assert block.inner_channels == block.channels // settings.REDUCTION
+        assert getattr(block, "pairwise", settings.PAIRWISE) == settings.PAIRWISE
 
     assert_same(outputs(model, inputs), outputs(stock, inputs))
     del stock

@@ -1,9 +1,9 @@
 """The explorer: what its file holds, and what it does in a real browser, headless.
 
-Each of these was broken by hand, and a test failed: groups of keys at the border; the decades of the
-scale, on either side; data that can end the script; in the page rows and columns swapped, the pointer
-not relative to the picture, the canvas half a cell off, always the first map, a pin that does not
-hold, touch that does not move, signs lost.
+Each of these was broken by hand, and a test failed: groups of keys at the border; the decades of
+the scale, on either side; data that can end the script; in the page rows and columns swapped, the
+pointer not relative to the picture, the canvas half a cell off, always the first map, a pin that
+does not hold, touch that does not move, signs lost.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def test_training_resuming_and_evaluation(tmp_path):
     assert "Starting training from iteration 2" in done.stdout
     weights = f"train.init_checkpoint={tmp_path / 'output' / 'model_final.pth'}"
     done = run_tool(tmp_path, "--eval-only", *CONFIG, *SHORT, output, weights)
-    assert "; no new block." in done.stdout and "copypaste: Task: segm" in done.stdout
+    assert "; no new block." in done.stdout and "copypaste: Task: bbox" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """tools/analyze_model.py: counts against arithmetic by hand, and against the stock model's own.
 
 Broken by hand to see a test fail, each of these failed at least one test here:
-MUTATIONS_LIST
+counting the zeros that pad values; counting queries twice and values never; prefix sums left out;
+the stock model with the blocks' share in it.
 """
 
 from __future__ import annotations

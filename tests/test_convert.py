@@ -4,7 +4,8 @@ The references are written from what those implementations compute, in their ord
 under their names; the weights are made for the test.
 
 Broken by hand to see a test fail, each of these failed at least one test here:
-MUTATIONS_LIST
+the bias under BN dropped, or added to the mean; a frozen scale kept from the bias; phi and g
+exchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """LazyConfigs, and backbones of other kinds than a ResNet.
 
 Broken by hand to see a test fail, each of these failed at least one test here:
-MUTATIONS_LIST
+a second block that silently replaces one after the same output; the index of an output ignored;
+wrapping a builder that takes blocks itself; a lazy layout other than its YAML's.
 """
 
 from __future__ import annotations

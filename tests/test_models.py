@@ -1,7 +1,10 @@
 """Every standard model of detectron2, with blocks at every place it has, against the stock model.
 
 Broken by hand to see a test fail, each of these failed at least one test here:
-MUTATIONS_LIST
+looking for a C4 model's res5 in its backbone; blocks after outputs that never run; the keypoint
+head's blocks before their ReLUs; levels that only an unused proposal network reads; stages behind
+the last that is read; mask positions with masks off; FrozenBN as a norm; calling a block new if
+any of its tensors is; torchvision's norms under their own names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Positions: the syntax against Python's own indexing, and insertion into CNNs of other projects.
 
 Broken by hand to see a test fail, each of these failed at least one test here:
-MUTATIONS_LIST
+an index read as a slice of one; a block before its place instead of after; inserting while later
+positions are still unchecked; blocks that keep their own dtype or mode; a place taken twice, in
+one call or in two; earlier blocks counted as places; channels told by the first inner layer.
 """
 
 from __future__ import annotations

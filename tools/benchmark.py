@@ -3,6 +3,7 @@
 
     python tools/benchmark.py
     python tools/benchmark.py --pairwise dot_product --shape 256x200x336 --what block
+    python tools/benchmark.py --config-file configs/mask_rcnn_R50_NL.yaml
 
 "fast" is what the package does; "dense" writes the weights out, multiplies, and leaves the
 backward to autograd, as is usual. Each measurement is a process of its own. Fast and dense take
@@ -33,8 +34,10 @@ from itertools import product
 from typing import Optional
 
 import torch
+import whole_model
 from torch import Tensor
 
+from nonlocal_det.engine import one_sentence_errors
 from nonlocal_det.layers import PAIRWISE, NonLocalBlock
 from nonlocal_det.layers.pairwise import (
     concatenation_attention,
@@ -421,6 +424,10 @@ def parse_arguments(arguments: Optional[list[str]] = None) -> argparse.Namespace
     add("--rounds", type=positive, default=3, help="turns of fast and dense; medians are over them")
     add("--fast-only", action="store_true", help="leave the dense forms out")
     add("--output", help="folder for benchmark.json and benchmark.png; nothing is written without")
+    add(
+        "--config-file", help="instead: the time that its blocks add to this whole model, at --size"
+    )
+    add("--size", type=positive, nargs=2, default=(800, 1333), help="height and width of a picture")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here; use --device cpu.")
@@ -432,6 +439,12 @@ def main() -> None:
     options = parse_arguments()
     found = machine(options.device, options.threads)
     print(", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+    if options.config_file:
+        with one_sentence_errors():
+            whole_model.compare(
+                options.config_file, tuple(options.size), options.rounds, options.device
+            )
+        return
     cases = [
         Case(what, pairwise, size, mode, dtype, options.device, options.batch, options.threads)
         for dtype, what, size, pairwise, mode in product(

@@ -1,6 +1,7 @@
 """tools/benchmark.py runs, and says what it measured; no time is asserted.
 
-Broken by hand, and seen to fail: stock and blocks with different weights; a step that moves weights.
+Broken by hand, and seen to fail: stock and blocks with different weights; a step that moves
+weights.
 """
 
 from __future__ import annotations

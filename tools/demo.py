@@ -66,6 +66,8 @@ class ProgressLine(EventWriter):
         """Called by detectron2 every 20 iterations."""
         storage = get_event_storage()
         done = storage.iter + 1
+        if done > self._last:  # after the evaluation
+            return
         left = (time.perf_counter() - self._start) / done * (self._last - done)
         loss = storage.history("total_loss").median(20)
         print(

@@ -2,7 +2,17 @@
 
 Changes to the kernels that were made by hand, each of which fails a test here:
 
-MUTATIONS
+- softmax: the inner product with y added in backward instead of subtracted; sums not rescaled when
+  the running maximum rises; no floor under the sum of a row without keys; the log-sum-exp without
+  its sum; the mask not applied; denormal weights kept; weights cut off too early; the scale left
+  out; the mask of rows without keys, the padding to one width, or the exit from autocast left out
+  of the fused form; float16 trained in float16
+- dot product: masked values kept; masked keys counted; autocast let in
+- concatenation: the wrong side of a kink; no ReLU before the first kink; 1 / M left out of the
+  gaps; a slope given to queries above no key, or to keys below no query; the sign of the keys'
+  gradient; infinite gaps of masked keys kept; slope and gap one place apart; masked keys let in
+- all: the leanest way taken while being traced or exported; float16 results, or gradients, not
+  saturated
 """
 
 import math

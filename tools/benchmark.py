@@ -85,7 +85,8 @@ class Case:
     @property
     def name(self) -> str:
         """What a table calls it."""
-        return f"{self.pairwise} {self.what}, {'x'.join(map(str, self.shape))}, {self.mode}"
+        size = "x".join(map(str, self.shape))
+        return f"{self.pairwise} {self.what}, {size}, {self.dtype}, {self.mode}"
 
 
 # What can be measured: each makes a function and its inputs.
@@ -181,9 +182,11 @@ def call(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
 
 
 def timed(device: str, run: Callable[[], object], budget: float = 2.0) -> float:
-    """Median seconds of at least 3 and at most 50 calls, in about ``budget`` seconds."""
+    """Median seconds of 3 to 50 calls, about ``budget`` seconds of them; a stall counts once."""
     seconds: list[float] = []
-    while len(seconds) < 3 or (sum(seconds) < budget and len(seconds) < 50):
+    while len(seconds) < 3 or (
+        len(seconds) < 50 and len(seconds) * statistics.median(seconds) < budget
+    ):
         synchronize(device)
         start = time.perf_counter()
         run()
@@ -353,7 +356,7 @@ def plot(rows: list[dict[str, object]], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(15, 5), layout="constrained")
     curves = sorted({curve(row) for row in rows})
     for axis, key, unit, label in zip(
         axes, ("seconds", "bytes"), (1e-3, MIB), ("time, ms", "peak memory, MiB")
@@ -370,14 +373,16 @@ def plot(rows: list[dict[str, object]], path: str) -> None:
                 axis.plot(*zip(*points), style, color=f"C{number}", label=f"{name}, {form}")
         axis.set(xscale="log", yscale="log", xlabel="positions", ylabel=label)
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)
 
 
 def curve(row: dict[str, object]) -> str:
     """The line of a plot that a row is a point of."""
     case = row["case"]
-    return f"{case['pairwise']} {case['what']}, {case['shape'][0]} channels, {case['mode']}"
+    channels = f"{case['shape'][0]} channels"
+    return f"{case['pairwise']} {case['what']}, {channels}, {case['dtype']}, {case['mode']}"
 
 
 def positions(row: dict[str, object]) -> int:

@@ -35,7 +35,7 @@ from nonlocal_det.attention import (
 )
 from nonlocal_det.attention.figure import Look
 from nonlocal_det.attention.geometry import picture_grid
-from nonlocal_det.layers import MECHANISMS
+from nonlocal_det.layers import MECHANISMS, PAIRWISE
 
 STRIDE = 8
 
@@ -132,10 +132,11 @@ def test_bright_spot_is_found_where_it_is(original, resized, spot, subsample):
 def dense_row(block: NonLocalBlock, x: torch.Tensor, row: int, column: int) -> np.ndarray:
     """The weights of one query of x (1, C, H, W) by the paper's equations, in float64."""
     block, x = copy.deepcopy(block).double(), x.double()
-    theta = block.theta(x)[0, :, row, column]
-    phi = F.max_pool2d(block.phi(x), block.stride, ceil_mode=True)[0]
+    asking, asked = (x, x) if block.pairwise == "gaussian" else (block.theta(x), block.phi(x))
+    theta = asking[0, :, row, column]
+    phi = F.max_pool2d(asked, block.stride, ceil_mode=True)[0]
     logits = torch.einsum("d,dhw->hw", theta, phi)
-    if block.pairwise == "embedded_gaussian":
+    if block.pairwise in ("gaussian", "embedded_gaussian"):
         f = (logits - logits.max()).exp()
         return (f / f.sum()).detach().numpy()
     if block.pairwise == "concatenation":
@@ -144,7 +145,7 @@ def dense_row(block: NonLocalBlock, x: torch.Tensor, row: int, column: int) -> n
     return (logits / logits.numel()).detach().numpy()
 
 
-@pytest.mark.parametrize("pairwise", ["embedded_gaussian", "dot_product", "concatenation"])
+@pytest.mark.parametrize("pairwise", PAIRWISE)
 @pytest.mark.parametrize("subsample", [False, 2])
 def test_map_is_the_dense_row_with_the_geometry_undone(pairwise, subsample):
     torch.manual_seed(0)

@@ -254,7 +254,7 @@ class _Page:
         return self.figure.add_axes(box)
 
     def _show(self, axes: Axes, image: np.ndarray, title: str) -> None:
-        axes.imshow(image, aspect="auto", interpolation="auto")
+        axes.imshow(image, aspect="auto", interpolation="antialiased")
         axes.set_axis_off()
         axes.set_title(title, loc="left", pad=3, fontsize=7.5)
 

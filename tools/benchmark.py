@@ -444,6 +444,8 @@ def main() -> None:
     options = parse_arguments()
     found = machine(options.device, options.threads)
     print(", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+    if options.device == "cpu" and found["load"] > 0.5:
+        print("Other programs are busy: times will be too long, of the fast forms above all.")
     if options.config_file:
         with one_sentence_errors():
             whole_model.compare(

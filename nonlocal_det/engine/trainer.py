@@ -1,21 +1,15 @@
-"""Training and evaluation with detectron2's own trainer, and the checks that come before."""
+"""detectron2's trainer, with our optimisers, checkpoints and pictures of attention."""
 
 from __future__ import annotations
 
-import difflib
-import logging
 import os
-import sys
-from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -25,13 +19,10 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
-from detectron2.utils.file_io import PathManager
 
-from .attention.hook import AttentionHook
-from .config import load_config
-from .layers.base import choose
-from .modeling.checkpoint import NonLocalCheckpointer
-from .modeling.places import check_positions
+from ..attention.hook import AttentionHook
+from ..layers.base import choose
+from ..modeling.checkpoint import NonLocalCheckpointer
 
 
 class Trainer(DefaultTrainer):
@@ -101,54 +92,3 @@ class Trainer(DefaultTrainer):
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict((name + "_TTA", value) for name, value in results.items())
-
-
-@contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """End the program with what a wrong input raised, as one sentence, and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
-
-
-def setup(args: Namespace) -> CfgNode:
-    """The configuration of detectron2's standard arguments, checked before anything is written.
-
-    Raises:
-        FileNotFoundError: for a missing configuration or dataset.
-        ValueError: for a key, a value, a position or a dataset name that does not exist.
-    """
-    cfg = load_config(args.config_file, args.opts)
-    check_positions(cfg)
-    for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
-        check_dataset(name)
-    on_cpu = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
-    if on_cpu:
-        cfg.MODEL.DEVICE = "cpu"
-    cfg.freeze()
-    default_setup(cfg, args)
-    if on_cpu:
-        logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")
-    return cfg
-
-
-def check_dataset(name: str) -> None:
-    """See that a dataset is registered and its files are there.
-
-    Raises:
-        ValueError: if no dataset has that name.
-        FileNotFoundError: with the file or folder that is missing.
-    """
-    if name not in DatasetCatalog.list():
-        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=4, cutoff=0.4)
-        raise ValueError(f"There is no dataset {name!r}. The nearest names are {', '.join(near)}.")
-    metadata = MetadataCatalog.get(name)
-    for key in ("json_file", "image_root"):
-        path = metadata.get(key)
-        if path and not os.path.exists(PathManager.get_local_path(path)):
-            raise FileNotFoundError(
-                f"Dataset {name!r} needs {path!r}, which does not exist. The folder that holds all "
-                f"datasets is given by the environment variable DETECTRON2_DATASETS, now "
-                f"{os.environ.get('DETECTRON2_DATASETS', 'datasets')!r}."
-            )

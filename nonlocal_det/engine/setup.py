@@ -18,14 +18,20 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
 from ..modeling.places import check_positions
+from .record import add_to_record, choose_seed
 
 
 @contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """End the program with what a wrong input raised, as one sentence, and exit code 1."""
+def one_sentence_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End the program with what a wrong input raised, as one sentence, and exit code 1.
+
+    Args:
+        kinds: of errors that speak for themselves; by default ValueError and OSError.
+    """
+    expected = kinds or (ValueError, OSError)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except expected as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
 
 
@@ -34,7 +40,8 @@ def setup(args: Namespace) -> CfgNode:
 
     Raises:
         FileNotFoundError: for a missing configuration or dataset.
-        ValueError: for a key, a value, a position or a dataset name that does not exist.
+        ValueError: for a key, a value, a position or a dataset name that does not exist; for a
+            record of earlier starts that cannot be read.
     """
     cfg = load_config(args.config_file, args.opts)
     check_positions(cfg)
@@ -43,8 +50,12 @@ def setup(args: Namespace) -> CfgNode:
     on_cpu = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
+    if not args.eval_only:
+        cfg.SEED = choose_seed(cfg.SEED, cfg.OUTPUT_DIR, args.resume)
     cfg.freeze()
     default_setup(cfg, args)
+    if not args.eval_only:
+        add_to_record(cfg.OUTPUT_DIR, seed=cfg.SEED, resume=args.resume)
     if on_cpu:
         logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")
     return cfg

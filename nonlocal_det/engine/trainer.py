@@ -1,15 +1,17 @@
-"""detectron2's trainer, with our optimisers, checkpoints and pictures of attention."""
+"""detectron2's trainer, with our optimisers and pictures of attention, safe to stop and resume."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import OrderedDict
 from typing import Any, Optional
 
+import detectron2.utils.comm as comm
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -22,7 +24,13 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 
 from ..attention.hook import AttentionHook
 from ..layers.base import choose
-from ..modeling.checkpoint import NonLocalCheckpointer
+from .checkpoint import WholeCheckpointer
+from .failure import FailureGuard
+from .resume import ResumeHook
+from .stream import build_training_stream
+
+# The hooks that act after the one that saves checkpoints.
+_AFTER_CHECKPOINTS = (hooks.EvalHook, hooks.PeriodicWriter, AttentionHook)
 
 
 class Trainer(DefaultTrainer):
@@ -73,17 +81,55 @@ class Trainer(DefaultTrainer):
         optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return optimizer(groups, lr=cfg.SOLVER.BASE_LR)
 
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Batches in an order that ``SEED`` decides, which a resumed run goes on with."""
+        return build_training_stream(cfg, seed=_seed(cfg))
+
     def build_hooks(self) -> list[Any]:
-        """Make detectron2's hooks, saving and loading with our checkpointer."""
+        """Make detectron2's hooks, saving and loading with our checkpointer, and those of ours."""
         # Before the hooks are made: the one that saves holds on to the checkpointer.
-        self.checkpointer = NonLocalCheckpointer(
+        self.checkpointer = WholeCheckpointer(
             self.checkpointer.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
         )
         built = super().build_hooks()
         if self.cfg.MODEL.NONLOCAL.VIS_PERIOD:
             # Before the writers, which come last.
             built.insert(-1, AttentionHook(self.cfg, self.cfg.MODEL.NONLOCAL.VIS_PERIOD))
-        return built
+        later = [hook for hook in built if isinstance(hook, _AFTER_CHECKPOINTS)]
+        self._resume = ResumeHook(
+            self._trainer.data_loader, _seed(self.cfg), self.cfg.OUTPUT_DIR, later
+        )
+        self._guard = FailureGuard()
+        return [*built, self._guard, self._resume]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last whole checkpoint, or else ``MODEL.WEIGHTS``."""
+        super().resume_or_load(resume)
+        self._resume.resumes = resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the optimiser, which detectron2 0.5 forgets."""
+        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of any version's checkpoint."""
+        TrainerBase.load_state_dict(self, state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            logging.getLogger("detectron2").warning(
+                "The checkpoint lacks the optimiser's state: its momentum starts anew."
+            )
+
+    def train(self) -> Any:
+        """Train, and evaluate as configured.
+
+        Raises:
+            TrainingFailure: if memory or the disk is full, or losses are not finite.
+        """
+        with self._guard.explains(self.checkpointer):
+            return super().train()
 
     @classmethod
     def test_with_augmentation(cls, cfg: CfgNode, model: torch.nn.Module) -> OrderedDict[str, Any]:
@@ -92,3 +138,8 @@ class Trainer(DefaultTrainer):
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict((name + "_TTA", value) for name, value in results.items())
+
+
+def _seed(cfg: CfgNode) -> int:
+    """The one that `setup` has chosen; where it did not, one that cannot be known again."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()

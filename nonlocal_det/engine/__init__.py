@@ -1,6 +1,32 @@
 """Training and evaluation with detectron2's own engine, and the checks that come before."""
 
-from .setup import check_dataset, one_sentence_errors, setup
+from .processes import for_all_processes, launch
+from .setup import (
+    check_batch,
+    check_dataset,
+    checked_config,
+    device_of,
+    mixed_precision,
+    one_sentence_errors,
+    process_count,
+    say_device,
+    setup,
+)
+from .step import Step
 from .trainer import Trainer
 
-__all__ = ["Trainer", "check_dataset", "one_sentence_errors", "setup"]
+__all__ = [
+    "Step",
+    "Trainer",
+    "check_batch",
+    "check_dataset",
+    "checked_config",
+    "device_of",
+    "for_all_processes",
+    "launch",
+    "mixed_precision",
+    "one_sentence_errors",
+    "process_count",
+    "say_device",
+    "setup",
+]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import weakref
 from collections import OrderedDict
 from typing import Any, Optional
 
+import detectron2.utils.comm as comm
 import torch
+import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -19,14 +23,62 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils.logger import setup_logger
 
 from ..attention.hook import AttentionHook
 from ..layers.base import choose
 from ..modeling.checkpoint import NonLocalCheckpointer
+from ..modeling.places import used_features
+from .processes import EndsAlone, for_all_processes
+from .setup import mixed_precision
+from .step import Step
 
 
-class Trainer(DefaultTrainer):
+class Trainer(EndsAlone, DefaultTrainer):
     """detectron2's trainer, evaluating by each dataset's ``evaluator_type``."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """Compose what DefaultTrainer does, with our step, for processes on CPUs as on GPUs."""
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()  # as DefaultTrainer, where no script has done it
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        model = for_all_processes(
+            model, broadcast_buffers=False, find_unused_parameters=_leaves_unread(cfg, model)
+        )
+        self._trainer = self.build_step(cfg, model, loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = NonLocalCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_step(
+        cls, cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer
+    ) -> Step:
+        """What ``SOLVER.ACCUMULATION_STEPS`` and ``SOLVER.AMP`` say of one step.
+
+        Raises:
+            ValueError: for a dtype that the device cannot train in.
+        """
+        amp, precision = cfg.SOLVER.AMP, None
+        if amp.ENABLED:
+            precision = mixed_precision("SOLVER.AMP.DTYPE", amp.DTYPE, cfg.MODEL.DEVICE)
+        passes = cfg.SOLVER.ACCUMULATION_STEPS
+        return Step(model, loader, optimizer, passes=passes, precision=precision)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state to resume from, with the step's, which detectron2 0.5 leaves out."""
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave."""
+        TrainerBase.load_state_dict(self, state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
     def build_evaluator(
@@ -54,7 +106,7 @@ class Trainer(DefaultTrainer):
         return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """SGD as detectron2 makes it, or AdamW with the same groups of parameters.
 
         Raises:
@@ -74,11 +126,7 @@ class Trainer(DefaultTrainer):
         return optimizer(groups, lr=cfg.SOLVER.BASE_LR)
 
     def build_hooks(self) -> list[Any]:
-        """Make detectron2's hooks, saving and loading with our checkpointer."""
-        # Before the hooks are made: the one that saves holds on to the checkpointer.
-        self.checkpointer = NonLocalCheckpointer(
-            self.checkpointer.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
-        )
+        """Make detectron2's hooks, and where it is asked for the one of attention."""
         built = super().build_hooks()
         if self.cfg.MODEL.NONLOCAL.VIS_PERIOD:
             # Before the writers, which come last.
@@ -86,9 +134,18 @@ class Trainer(DefaultTrainer):
         return built
 
     @classmethod
-    def test_with_augmentation(cls, cfg: CfgNode, model: torch.nn.Module) -> OrderedDict[str, Any]:
+    def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
         """Evaluate with test-time augmentation; the results' names end in ``_TTA``."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict((name + "_TTA", value) for name, value in results.items())
+
+
+def _leaves_unread(cfg: CfgNode, model: nn.Module) -> bool:
+    """Whether nothing reads some output of the backbone, so that its parameters get no gradient.
+
+    The exchange of gradients would wait for them in vain, unless it looks for them, which costs.
+    """
+    read = used_features(cfg)
+    return read is not None and not read.issuperset(model.backbone.output_shape())

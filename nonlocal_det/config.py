@@ -11,7 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.NONLOCAL`` and ``SOLVER.OPTIMIZER``. With these defaults nothing changes."""
+    """Add ``MODEL.NONLOCAL``, and to ``SOLVER`` what it lacks. These defaults change nothing."""
     cfg.MODEL.NONLOCAL = node = CfgNode()
     # Where blocks go, in Python's indexing syntax; a block comes after each selected place:
     # "res4[-2]", "res3[1::2]", "p3", "mask_head[-1]". A position may carry settings of its own:
@@ -50,6 +50,11 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
 
     # "SGD", detectron2's only one, or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Forward and backward passes in one step of the optimiser, which share IMS_PER_BATCH pictures
+    # between them: the memory of a smaller batch, and nothing else in the schedule to change.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # What SOLVER.AMP.ENABLED computes in: "float16", on GPUs only, or "bfloat16".
+    cfg.SOLVER.AMP.DTYPE = "float16"
 
 
 def default_settings() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 from tiny_models import zoo_config
 
-from nonlocal_det.data import CATEGORIES, LampsParams, write_dataset
+from nonlocal_det.data import LampsParams, write_dataset
 
 TRAIN_NET = Path(__file__).parents[1] / "tools" / "train_net.py"
 DATASET = "tiny_lamps"
@@ -89,7 +89,7 @@ def _train(folder: Path, output: str, arguments: list[Any], before: Any) -> None
     data = folder / "data"
     annotations = data / "annotations" / "instances_train.json"
     register_coco_instances(
-        DATASET, {"thing_classes": list(CATEGORIES)}, str(annotations), str(data / "train")
+        DATASET, {"thing_classes": list(PICTURES.categories)}, str(annotations), str(data / "train")
     )
     main = runpy.run_path(str(TRAIN_NET))["main"]
     if before is not None:

@@ -7,30 +7,31 @@ python tools/lazyconfig_train_net.py --num-gpus 8 \
 
 from __future__ import annotations
 
-import logging
 import os
 from argparse import Namespace
 from collections.abc import Iterable
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import detectron2.utils.comm as comm
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import (
-    AMPTrainer,
-    SimpleTrainer,
-    default_argument_parser,
-    default_setup,
-    default_writers,
-    hooks,
-    launch,
-)
-from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine import default_argument_parser, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from nonlocal_det.engine import check_dataset, one_sentence_errors
+from nonlocal_det.engine import (
+    Step,
+    check_batch,
+    check_dataset,
+    device_of,
+    for_all_processes,
+    launch,
+    mixed_precision,
+    one_sentence_errors,
+    process_count,
+    say_device,
+)
 from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
 
 
@@ -38,8 +39,22 @@ def setup(args: Namespace) -> DictConfig:
     """The configuration of detectron2's standard arguments, checked before anything is written.
 
     Raises:
+        FileNotFoundError, ValueError: as `checked_config`.
+    """
+    cfg, device = checked_config(args)
+    asked, cfg.train.device = cfg.train.device, device
+    default_setup(cfg, args)
+    say_device(asked, device)
+    return cfg
+
+
+def checked_config(args: Namespace) -> tuple[DictConfig, str]:
+    """The configuration, and the device that it is to run on; nothing is written.
+
+    Raises:
         FileNotFoundError: for a missing configuration or dataset.
-        ValueError: for an override that cannot be read, or a dataset name that does not exist.
+        ValueError: for an override that cannot be read, a dataset name that does not exist, a
+            batch that cannot be divided, or processes that cannot be started.
     """
     if not os.path.isfile(args.config_file):
         raise FileNotFoundError(f"There is no configuration file {args.config_file!r}.")
@@ -55,26 +70,37 @@ def setup(args: Namespace) -> DictConfig:
     for loader in (data.test,) if args.eval_only else (data.train, data.test):
         for name in _names(loader.dataset.names):
             check_dataset(name)
-    on_cpu = cfg.train.device == "cuda" and not torch.cuda.is_available()
-    if on_cpu:
-        cfg.train.device = "cpu"
-    default_setup(cfg, args)
-    if on_cpu:
-        logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")
-    return cfg
+    device = device_of(cfg.train.device, "train.device=cpu", args)
+    _precision(cfg, device)
+    if not args.eval_only:
+        pictures = {"dataloader.train.total_batch_size": data.train.total_batch_size}
+        passes = {"train.accumulation_steps": _passes(cfg)}
+        check_batch(pictures, passes, process_count(args))
+    return cfg, device
 
 
 def _names(names: Union[str, Iterable[str]]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
+def _passes(cfg: DictConfig) -> int:
+    """As ``SOLVER.ACCUMULATION_STEPS``."""
+    return cfg.train.get("accumulation_steps", 1)
+
+
+def _precision(cfg: DictConfig, device: str) -> Optional[torch.dtype]:
+    """As ``SOLVER.AMP``."""
+    amp = cfg.train.amp
+    if not amp.enabled:
+        return None
+    return mixed_precision("train.amp.dtype", amp.get("dtype", "float16"), device)
+
+
 def build_model(cfg: DictConfig) -> torch.nn.Module:
     """The model, on its device, and for all processes where there are several."""
     with one_sentence_errors():
         model = instantiate(cfg.model).to(cfg.train.device)
-    # On CPUs, no device is a process's own.
-    own = {"device_ids": None} if cfg.train.device == "cpu" else {}
-    return create_ddp_model(model, **cfg.train.ddp, **own)
+    return for_all_processes(model, **cfg.train.ddp)
 
 
 def test(cfg: DictConfig, model: torch.nn.Module) -> Any:
@@ -91,8 +117,13 @@ def train(cfg: DictConfig, resume: bool) -> None:
     """Train, from ``train.init_checkpoint`` or from where the output folder's run stopped."""
     model = build_model(cfg)
     cfg.optimizer.params.model = model
-    trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-    trainer = trainer_class(model, instantiate(cfg.dataloader.train), instantiate(cfg.optimizer))
+    trainer = Step(
+        model,
+        instantiate(cfg.dataloader.train),
+        instantiate(cfg.optimizer),
+        passes=_passes(cfg),
+        precision=_precision(cfg, cfg.train.device),
+    )
     checkpointer = NonLocalCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     trainer.register_hooks(
         [
@@ -130,12 +161,4 @@ def main(args: Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    launch(main, default_argument_parser().parse_args(), checked_config)

@@ -2,6 +2,7 @@
 """Train and evaluate any configuration, with detectron2's standard flags.
 
 python tools/train_net.py --config-file configs/mask_rcnn_R50_NL.yaml --num-gpus 8
+torchrun --nproc_per_node 8 tools/train_net.py --config-file configs/mask_rcnn_R50_NL.yaml
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from argparse import Namespace
 from typing import Any
 
 import detectron2.utils.comm as comm
-from detectron2.engine import default_argument_parser, hooks, launch
+from detectron2.engine import default_argument_parser, hooks
 from detectron2.evaluation import verify_results
 
 from nonlocal_det.engine import (
     Trainer,
     TrainingFailure,
     WholeCheckpointer,
+    checked_config,
+    launch,
     one_sentence_errors,
     setup,
 )
@@ -49,12 +52,4 @@ def main(args: Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    launch(main, default_argument_parser().parse_args(), checked_config)

@@ -1,10 +1,12 @@
-"""When training cannot go on: one sentence that says where, why and what to change."""
+"""When a run cannot start or go on: one sentence that says where, why and what to change."""
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -24,6 +26,20 @@ _MEMORY_FULL = re.compile(
     r"|worker .*killed by signal",
     re.IGNORECASE,
 )
+
+
+@contextmanager
+def one_sentence_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End the program with what a wrong input raised, as one sentence, and exit code 1.
+
+    Args:
+        kinds: of errors that speak for themselves; by default ValueError and OSError.
+    """
+    expected = kinds or (ValueError, OSError)
+    try:
+        yield
+    except expected as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
 
 
 class TrainingFailure(RuntimeError):

@@ -1,64 +1,91 @@
-"""What comes before a run: its configuration, checked, and wrong input said in one sentence."""
+"""What comes before a run: its configuration, checked."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import os
-import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_setup
+from detectron2.engine import DefaultTrainer, default_setup
 from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
+from ..layers.base import check_count
 from ..modeling.places import check_positions
+from .processes import device_of, process_count
 from .record import add_to_record, choose_seed
-
-
-@contextmanager
-def one_sentence_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """End the program with what a wrong input raised, as one sentence, and exit code 1.
-
-    Args:
-        kinds: of errors that speak for themselves; by default ValueError and OSError.
-    """
-    expected = kinds or (ValueError, OSError)
-    try:
-        yield
-    except expected as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
+from .step import mixed_precision
 
 
 def setup(args: Namespace) -> CfgNode:
     """The configuration of detectron2's standard arguments, checked before anything is written.
 
     Raises:
-        FileNotFoundError: for a missing configuration or dataset.
-        ValueError: for a key, a value, a position or a dataset name that does not exist; for a
-            record of earlier starts that cannot be read.
+        FileNotFoundError, ValueError: as `checked_config`.
+        ValueError: for a record of earlier starts that cannot be read.
     """
-    cfg = load_config(args.config_file, args.opts)
-    check_positions(cfg)
-    for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
-        check_dataset(name)
-    on_cpu = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
-    if on_cpu:
-        cfg.MODEL.DEVICE = "cpu"
+    cfg, device = checked_config(args)
+    asked, cfg.MODEL.DEVICE = cfg.MODEL.DEVICE, device
     if not args.eval_only:
         cfg.SEED = choose_seed(cfg.SEED, cfg.OUTPUT_DIR, args.resume)
     cfg.freeze()
     default_setup(cfg, args)
     if not args.eval_only:
         add_to_record(cfg.OUTPUT_DIR, seed=cfg.SEED, resume=args.resume)
-    if on_cpu:
-        logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")
+    say_device(asked, device)
     return cfg
+
+
+def checked_config(args: Namespace) -> tuple[CfgNode, str]:
+    """The configuration, and the device that it is to run on; nothing is written.
+
+    Raises:
+        FileNotFoundError: for a missing configuration or dataset.
+        ValueError: for a key, a value, a position or a dataset name that does not exist; for a
+            batch that cannot be divided; for processes that cannot be started.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    check_positions(cfg)
+    for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+        check_dataset(name)
+    device = device_of(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu", args)
+    solver = cfg.SOLVER
+    if solver.AMP.ENABLED:
+        mixed_precision("SOLVER.AMP.DTYPE", solver.AMP.DTYPE, device)
+    if not args.eval_only:
+        pictures = DefaultTrainer.auto_scale_workers(cfg, process_count(args)).SOLVER.IMS_PER_BATCH
+        passes = {"SOLVER.ACCUMULATION_STEPS": solver.ACCUMULATION_STEPS}
+        check_batch({"SOLVER.IMS_PER_BATCH": pictures}, passes, process_count(args))
+    return cfg, device
+
+
+def check_batch(pictures: dict[str, int], passes: dict[str, int], processes: int) -> None:
+    """See that a step's pictures can be divided between processes and their passes.
+
+    Args:
+        pictures: their number, under its key.
+        passes: the number of each process's passes, under its key.
+        processes: on all machines.
+
+    Raises:
+        ValueError: with the numbers, if not.
+    """
+    (key, total), (pass_key, each) = *pictures.items(), *passes.items()
+    check_count(pass_key, each)
+    if total % (processes * each):
+        raise ValueError(
+            f"{key} is {total}; it must be a multiple of {processes * each}, the number of "
+            f"processes, {processes}, times {pass_key}, {each}."
+        )
+
+
+def say_device(asked: str, device: str) -> None:
+    """Log that it is another device than asked for."""
+    if asked != device:
+        logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")
 
 
 def check_dataset(name: str) -> None:

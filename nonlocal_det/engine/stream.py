@@ -148,11 +148,7 @@ def _build(
             num_workers=num_workers,
         )
     batch_size, rest = divmod(total_batch_size, comm.get_world_size())
-    if rest or not batch_size:
-        raise ValueError(
-            f"{total_batch_size} pictures at once, SOLVER.IMS_PER_BATCH, cannot be shared by "
-            f"{comm.get_world_size()} processes: it must be a multiple of their number."
-        )
+    assert batch_size and not rest, (total_batch_size, comm.get_world_size())
     return TrainingStream(
         MapDataset(DatasetFromList(dataset, copy=False), mapper),
         sampler or TrainingSampler(len(dataset), seed=comm.shared_random_seed()),
@@ -175,9 +171,6 @@ def build_training_stream(
 
     Returns:
         A stream; detectron2's loader where the dataset is no list of records.
-
-    Raises:
-        ValueError: if the processes cannot share a batch.
     """
     # Samplers draw their seeds, or a subset, when they are made.
     with _draws_of(seed, _ORDER):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections import OrderedDict
 from typing import Any, Optional
 
 import detectron2.utils.comm as comm
 import torch
+import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
@@ -21,20 +23,104 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils.logger import setup_logger
 
 from ..attention.hook import AttentionHook
 from ..layers.base import choose
+from ..modeling.places import used_features
 from .checkpoint import WholeCheckpointer
 from .failure import FailureGuard
+from .processes import EndsAlone, for_all_processes
 from .resume import ResumeHook
+from .step import Step, mixed_precision
 from .stream import build_training_stream
 
 # The hooks that act after the one that saves checkpoints.
 _AFTER_CHECKPOINTS = (hooks.EvalHook, hooks.PeriodicWriter, AttentionHook)
 
 
-class Trainer(DefaultTrainer):
+class Trainer(EndsAlone, DefaultTrainer):
     """detectron2's trainer, evaluating by each dataset's ``evaluator_type``."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """Put together what DefaultTrainer does, of our parts."""
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()  # as DefaultTrainer, where no script has done it
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        model = for_all_processes(
+            model, broadcast_buffers=False, find_unused_parameters=_leaves_unread(cfg, model)
+        )
+        self._trainer = self.build_step(cfg, model, loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_step(
+        cls, cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer
+    ) -> Step:
+        """What ``SOLVER.ACCUMULATION_STEPS`` and ``SOLVER.AMP`` say of one step.
+
+        Raises:
+            ValueError: for a dtype that the device cannot train in.
+        """
+        amp, precision = cfg.SOLVER.AMP, None
+        if amp.ENABLED:
+            precision = mixed_precision("SOLVER.AMP.DTYPE", amp.DTYPE, cfg.MODEL.DEVICE)
+        passes = cfg.SOLVER.ACCUMULATION_STEPS
+        return Step(model, loader, optimizer, passes=passes, precision=precision)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Batches in an order that ``SEED`` decides, which a resumed run goes on with."""
+        return build_training_stream(cfg, seed=_seed(cfg))
+
+    def build_hooks(self) -> list[Any]:
+        """Make detectron2's hooks, and ours."""
+        built = super().build_hooks()
+        if self.cfg.MODEL.NONLOCAL.VIS_PERIOD:
+            # Before the writers, which come last.
+            built.insert(-1, AttentionHook(self.cfg, self.cfg.MODEL.NONLOCAL.VIS_PERIOD))
+        later = [hook for hook in built if isinstance(hook, _AFTER_CHECKPOINTS)]
+        self._guard = FailureGuard()
+        self._resume = ResumeHook(
+            self._trainer.data_loader, _seed(self.cfg), self.cfg.OUTPUT_DIR, later
+        )
+        return [*built, self._guard, self._resume]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last whole checkpoint, or else ``MODEL.WEIGHTS``."""
+        super().resume_or_load(resume)
+        self._resume.resumes = resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state to resume from, with the step's, which detectron2 0.5 leaves out."""
+        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of any version's checkpoint."""
+        TrainerBase.load_state_dict(self, state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            logging.getLogger("detectron2").warning(
+                "The checkpoint lacks the optimiser's state: its momentum starts anew."
+            )
+
+    def train(self) -> Any:
+        """Train, and evaluate as configured.
+
+        Raises:
+            TrainingFailure: if memory or the disk is full, or losses are not finite.
+        """
+        with self._guard.explains(self.checkpointer):
+            return super().train()
 
     @classmethod
     def build_evaluator(
@@ -62,7 +148,7 @@ class Trainer(DefaultTrainer):
         return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """SGD as detectron2 makes it, or AdamW with the same groups of parameters.
 
         Raises:
@@ -82,57 +168,7 @@ class Trainer(DefaultTrainer):
         return optimizer(groups, lr=cfg.SOLVER.BASE_LR)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Batches in an order that ``SEED`` decides, which a resumed run goes on with."""
-        return build_training_stream(cfg, seed=_seed(cfg))
-
-    def build_hooks(self) -> list[Any]:
-        """Make detectron2's hooks, saving and loading with our checkpointer, and those of ours."""
-        # Before the hooks are made: the one that saves holds on to the checkpointer.
-        self.checkpointer = WholeCheckpointer(
-            self.checkpointer.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
-        )
-        built = super().build_hooks()
-        if self.cfg.MODEL.NONLOCAL.VIS_PERIOD:
-            # Before the writers, which come last.
-            built.insert(-1, AttentionHook(self.cfg, self.cfg.MODEL.NONLOCAL.VIS_PERIOD))
-        later = [hook for hook in built if isinstance(hook, _AFTER_CHECKPOINTS)]
-        self._resume = ResumeHook(
-            self._trainer.data_loader, _seed(self.cfg), self.cfg.OUTPUT_DIR, later
-        )
-        self._guard = FailureGuard()
-        return [*built, self._guard, self._resume]
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """Load the last whole checkpoint, or else ``MODEL.WEIGHTS``."""
-        super().resume_or_load(resume)
-        self._resume.resumes = resume
-
-    def state_dict(self) -> dict[str, Any]:
-        """With the optimiser, which detectron2 0.5 forgets."""
-        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of any version's checkpoint."""
-        TrainerBase.load_state_dict(self, state_dict)
-        if "_trainer" in state_dict:
-            self._trainer.load_state_dict(state_dict["_trainer"])
-        else:
-            logging.getLogger("detectron2").warning(
-                "The checkpoint lacks the optimiser's state: its momentum starts anew."
-            )
-
-    def train(self) -> Any:
-        """Train, and evaluate as configured.
-
-        Raises:
-            TrainingFailure: if memory or the disk is full, or losses are not finite.
-        """
-        with self._guard.explains(self.checkpointer):
-            return super().train()
-
-    @classmethod
-    def test_with_augmentation(cls, cfg: CfgNode, model: torch.nn.Module) -> OrderedDict[str, Any]:
+    def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
         """Evaluate with test-time augmentation; the results' names end in ``_TTA``."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
@@ -143,3 +179,12 @@ class Trainer(DefaultTrainer):
 def _seed(cfg: CfgNode) -> int:
     """The one that `setup` has chosen; where it did not, one that cannot be known again."""
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+
+
+def _leaves_unread(cfg: CfgNode, model: nn.Module) -> bool:
+    """Whether nothing reads some output of the backbone, so that its parameters get no gradient.
+
+    The exchange of gradients would wait for them in vain, unless it looks for them, which costs.
+    """
+    read = used_features(cfg)
+    return read is not None and not read.issuperset(model.backbone.output_shape())

@@ -56,7 +56,7 @@ def output_places(cfg: CfgNode) -> list[str]:
     Of a meta-architecture that is not detectron2's own it cannot be told what it reads: then these
     are all the places that no head takes.
     """
-    used = _used_features(cfg)
+    used = used_features(cfg)
     if used is not None:
         return sorted(used)
     named = {parse_position(text).place for text in cfg.MODEL.NONLOCAL.POSITIONS}
@@ -104,7 +104,7 @@ def _stages_read(cfg: CfgNode) -> set[str]:
     """The outputs of the ResNet that an FPN, or without one the rest of the model, reads."""
     extra = RESNET_BUILDERS.get(cfg.MODEL.BACKBONE.NAME)
     if extra is None:
-        used = _used_features(cfg)
+        used = used_features(cfg)
         return set(cfg.MODEL.RESNETS.OUT_FEATURES) if used is None else used
     # RetinaNet's additional levels come from res5.
     return {*cfg.MODEL.FPN.IN_FEATURES, *(["res5"] if extra == 2 else [])}
@@ -122,14 +122,14 @@ def _level_obstacles(cfg: CfgNode) -> dict[str, str]:
         return dict.fromkeys(LEVELS, _other("BACKBONE", cfg.MODEL.BACKBONE.NAME, builders))
     stages = [int(name[-1]) for name in cfg.MODEL.FPN.IN_FEATURES]
     have = [f"p{level}" for level in (*stages, *range(max(stages) + 1, max(stages) + 1 + extra))]
-    used = _used_features(cfg)
+    used = used_features(cfg)
     return {
         level: "" if level in have and (used is None or level in used) else f"nothing uses {level}"
         for level in LEVELS
     }
 
 
-def _used_features(cfg: CfgNode) -> Optional[set[str]]:
+def used_features(cfg: CfgNode) -> Optional[set[str]]:
     """The backbone's outputs that the rest of the model reads, or None if that cannot be told."""
     model = cfg.MODEL
     rpn = set(model.RPN.IN_FEATURES)

@@ -16,6 +16,7 @@ from typing import Any, Union
 import detectron2.utils.comm as comm
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
@@ -30,8 +31,23 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from nonlocal_det.engine import check_dataset, one_sentence_errors
-from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
+from nonlocal_det.engine import (
+    FailureGuard,
+    ResumeHook,
+    TrainingFailure,
+    WholeCheckpointer,
+    add_to_record,
+    build_training_stream,
+    check_dataset,
+    choose_seed,
+    one_sentence_errors,
+)
+
+# What our training stream takes as detectron2's loader does.
+STREAM_OPTIONS = {
+    *("_target_", "dataset", "mapper", "sampler"),
+    *("total_batch_size", "aspect_ratio_grouping", "num_workers"),
+}
 
 
 def setup(args: Namespace) -> DictConfig:
@@ -58,7 +74,12 @@ def setup(args: Namespace) -> DictConfig:
     on_cpu = cfg.train.device == "cuda" and not torch.cuda.is_available()
     if on_cpu:
         cfg.train.device = "cpu"
+    output = cfg.train.output_dir
+    if not args.eval_only:
+        cfg.train.seed = choose_seed(cfg.train.get("seed", -1), output, args.resume)
     default_setup(cfg, args)
+    if not args.eval_only:
+        add_to_record(output, seed=cfg.train.seed, resume=args.resume)
     if on_cpu:
         logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")
     return cfg
@@ -77,6 +98,15 @@ def build_model(cfg: DictConfig) -> torch.nn.Module:
     return create_ddp_model(model, **cfg.train.ddp, **own)
 
 
+def build_train_loader(cfg: DictConfig) -> Any:
+    """As configured; detectron2's own in an order that a resumed run goes on with."""
+    loader = cfg.dataloader.train
+    if loader._target_ is build_detection_train_loader and loader.keys() <= STREAM_OPTIONS:
+        loader._target_ = build_training_stream
+        loader.seed = cfg.train.seed
+    return instantiate(loader)
+
+
 def test(cfg: DictConfig, model: torch.nn.Module) -> Any:
     """Evaluate on the test set; the results."""
     results = inference_on_dataset(
@@ -92,25 +122,36 @@ def train(cfg: DictConfig, resume: bool) -> None:
     model = build_model(cfg)
     cfg.optimizer.params.model = model
     trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-    trainer = trainer_class(model, instantiate(cfg.dataloader.train), instantiate(cfg.optimizer))
-    checkpointer = NonLocalCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    loader = build_train_loader(cfg)
+    trainer = trainer_class(model, loader, instantiate(cfg.optimizer))
+    output = cfg.train.output_dir
+    checkpointer = WholeCheckpointer(model, output, trainer=trainer)
+    later = [
+        hooks.EvalHook(cfg.train.eval_period, lambda: test(cfg, model)),
+        _on_main(
+            lambda: hooks.PeriodicWriter(
+                default_writers(output, cfg.train.max_iter), period=cfg.train.log_period
+            )
+        ),
+    ]
+    later = [hook for hook in later if hook is not None]
+    guard, resuming = FailureGuard(), ResumeHook(loader, cfg.train.seed, output, later)
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             _on_main(lambda: hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)),
-            hooks.EvalHook(cfg.train.eval_period, lambda: test(cfg, model)),
-            _on_main(
-                lambda: hooks.PeriodicWriter(
-                    default_writers(cfg.train.output_dir, cfg.train.max_iter),
-                    period=cfg.train.log_period,
-                )
-            ),
+            *later,
+            guard,
+            resuming,
         ]
     )
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    with one_sentence_errors():
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     goes_on = resume and checkpointer.has_checkpoint()
-    trainer.train(trainer.iter + 1 if goes_on else 0, cfg.train.max_iter)
+    resuming.resumes = resume
+    with one_sentence_errors(TrainingFailure), guard.explains(checkpointer):
+        trainer.train(trainer.iter + 1 if goes_on else 0, cfg.train.max_iter)
 
 
 def _on_main(make: Any) -> Any:
@@ -125,7 +166,7 @@ def main(args: Namespace) -> Any:
     if not args.eval_only:
         return train(cfg, args.resume)
     model = build_model(cfg)
-    NonLocalCheckpointer(model).load(cfg.train.init_checkpoint)
+    WholeCheckpointer(model).load(cfg.train.init_checkpoint)
     return test(cfg, model)
 
 

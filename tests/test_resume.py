@@ -8,16 +8,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import time
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import assert_same
-from tiny_training import Place
+from tiny_training import DATASET, Place
 
 from nonlocal_det.engine.checkpoint import is_whole
 from nonlocal_det.engine.files import BESIDE
+from nonlocal_det.engine.record import commit_of
+from nonlocal_det.engine.resume import cut_metrics
+
+PROJECT = Path(__file__).parents[1]
 
 LONGER = ("SOLVER.MAX_ITER", 27, "SOLVER.CHECKPOINT_PERIOD", 1)
 KILLS = int(os.environ.get("NONLOCAL_DET_KILLS", 50))
@@ -57,8 +64,7 @@ def test_a_resumed_run_gives_the_same_to_the_bit(whole: Place, workers: int) -> 
     whole.train(output, "--resume", *options)
     assert_same(state(whole, output), state(whole, "whole"))
     assert whole.metrics(output) == whole.metrics("whole")
-    starts = json.loads((whole.folder / output / "run.json").read_text())
-    assert [start["resume"] for start in starts] == [False, True]
+    assert [start["resume"] for start in record(whole, output)] == [False, True]
 
 
 def wait_for(path: Path) -> None:
@@ -66,6 +72,109 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.001)
+
+
+def test_an_evaluation_that_was_cut_short_is_done(place: Place) -> None:
+    """And the results of an earlier one, not yet in metrics.json at the checkpoint, are kept."""
+    options = ("DATASETS.TEST", [DATASET], "TEST.EVAL_PERIOD", 2, "INPUT.MIN_SIZE_TEST", 48)
+    place.train("evaluated", *options)
+    run = place.start("cut", *options)
+    wait_for(place.folder / "cut" / "model_0000003.pth")
+    run.kill()
+    run.join()
+    assert not (place.folder / "cut" / "metrics.json").read_text()
+    place.train("cut", "--resume", *options)
+    evaluated = [row["iteration"] for row in place.metrics("cut") if "bbox/AP" in row]
+    assert evaluated == [1, 3, 6]
+    assert place.metrics("cut") == place.metrics("evaluated")
+
+
+def test_without_a_seed_one_is_drawn_and_kept(place: Place) -> None:
+    place.train("unseeded", "SEED", -1, "SOLVER.MAX_ITER", 2)
+    place.train("unseeded", "--resume", "SEED", -1)
+    seeds = [start["seed"] for start in record(place, "unseeded")]
+    assert seeds[0] == seeds[1] >= 0
+    assert f"SEED: {seeds[0]}\n" in (place.folder / "unseeded" / "config.yaml").read_text()
+    place.train("seeded", "SEED", seeds[0])
+    assert_same(state(place, "unseeded"), state(place, "seeded"))
+    place.train("other", "SEED", -1, "SOLVER.MAX_ITER", 1)
+    assert record(place, "other")[0]["seed"] != seeds[0]
+
+
+def record(place: Place, output: str) -> list[dict[str, Any]]:
+    return json.loads((place.folder / output / "run.json").read_text())
+
+
+def test_the_record_of_a_run(place: Place) -> None:
+    place.train("recorded", "SOLVER.MAX_ITER", 1)
+    (start,) = record(place, "recorded")
+    assert start["versions"]["torch"] == torch.__version__ and start["processes"] == 1
+    assert datetime.fromisoformat(start["started"]).tzinfo and start["machine"]["cpus"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True)
+    if commit.returncode == 0:
+        assert start["git"]["nonlocal_det"]["commit"] == commit.stdout.decode().strip()
+    weights = ("MODEL.WEIGHTS", place.folder / "recorded" / "model_final.pth")
+    place.train("recorded", "--eval-only", *weights)
+    assert len(record(place, "recorded")) == 1
+    (place.folder / "recorded" / "run.json").write_text("[1")
+    said = place.train("recorded", "--resume", "SEED", -1, fails=True)
+    assert "Traceback" not in said and "run.json is no record" in said
+    assert (place.folder / "recorded" / "run.json").read_text() == "[1"
+
+
+def test_a_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
+    assert commit_of(str(tmp_path)) is None
+    name = ["-c", "user.name=n", "-c", "user.email=e@example.com"]
+    for command in (["init", "-q"], ["add", "a"], [*name, "commit", "-q", "-m", "m"]):
+        (tmp_path / "a").write_text("1")
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    at = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True)
+    assert commit_of(str(tmp_path)) == {"commit": at.stdout.strip(), "dirty": False}
+    (tmp_path / "a").write_text("2")
+    assert commit_of(str(tmp_path)) == {"commit": at.stdout.strip(), "dirty": True}
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_newest_whole_one(place: Place) -> None:
+    place.train("damaged")
+    expected, folder = state(place, "damaged"), place.folder / "damaged"
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    (folder / "model_final.pth").write_bytes((folder / "model_final.pth").read_bytes()[:-1])
+    (folder / "model_0000005.pth").unlink()
+    (folder / "foreign.pth").write_bytes((folder / "model_0000001.pth").read_bytes())
+    (folder / f"model_0000005.pth{BESIDE}").write_bytes(b"what a killed run left")
+    said = place.train("damaged", "--resume")
+    assert "Starting training from iteration 4" in said
+    assert "model_final.pth, is damaged or missing" in said
+    assert_same(state(place, "damaged"), expected)
+    assert not list(folder.glob(f"*{BESIDE}"))
+
+    for path in folder.glob("model_*.pth"):
+        path.write_bytes(b"")
+    said = place.train("damaged", "--resume", fails=True)
+    assert "Traceback" not in said and "finds no whole checkpoint" in said
+    assert (folder / "model_final.pth").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("lines", "start", "kept"),
+    [
+        ((), 0, 0),
+        ((19, 39), 40, 2),
+        ((19, 39, 59), 40, 2),
+        ((19, 39), 39, 1),
+        ((19, 39), 0, 0),
+        # An earlier run's lines, which one without --resume left, stay.
+        ((19, 99, 19, 39), 30, 3),
+    ],
+)
+def test_metrics_are_cut_where_training_goes_on(
+    lines: tuple[int, ...], start: int, kept: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.json"
+    whole = [json.dumps({"iteration": iteration, "loss": 1.0}) + "\n" for iteration in lines]
+    path.write_text("".join(whole) + '{"iteration": 3, "lo')  # killed while it wrote
+    assert cut_metrics(str(path), start) == (lines[kept - 1] if kept else None)
+    assert path.read_text() == "".join(whole[:kept])
 
 
 @pytest.mark.long

@@ -68,8 +68,8 @@ def add_to_record(folder: str, *, seed: int, resume: bool) -> None:
         "machine": _machine(),
         "versions": _versions(),
         "git": {
-            "working_folder": _commit(os.getcwd()),
-            "nonlocal_det": _commit(os.path.dirname(nonlocal_det.__file__)),
+            "working_folder": commit_of(os.getcwd()),
+            "nonlocal_det": commit_of(os.path.dirname(nonlocal_det.__file__)),
         },
     }
     starts = [*read_record(folder), start]
@@ -100,7 +100,7 @@ def _versions() -> dict[str, Optional[str]]:
     }
 
 
-def _commit(folder: str) -> Optional[dict[str, Any]]:
+def commit_of(folder: str) -> Optional[dict[str, Any]]:
     """The commit that a folder is at, and whether files differ from it; None outside of git."""
     describe = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
     try:

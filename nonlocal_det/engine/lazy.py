@@ -1,0 +1,181 @@
+"""What `setup` and `Trainer` do, for detectron2's LazyConfigs."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any, Optional, Union
+
+import detectron2.utils.comm as comm
+import torch
+import torch.nn as nn
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import default_setup, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from .checkpoint import WholeCheckpointer
+from .failure import FailureGuard
+from .processes import device_of, for_all_processes, process_count
+from .record import add_to_record, choose_seed
+from .resume import ResumeHook
+from .setup import check_batch, check_dataset, say_device
+from .step import Step, mixed_precision
+from .stream import build_training_stream
+
+# What our training stream takes as detectron2's loader does.
+_STREAM_OPTIONS = {
+    *("_target_", "dataset", "mapper", "sampler"),
+    *("total_batch_size", "aspect_ratio_grouping", "num_workers"),
+}
+
+
+def setup(args: Namespace) -> DictConfig:
+    """The configuration of detectron2's standard arguments, checked before anything is written.
+
+    Raises:
+        FileNotFoundError, ValueError: as `checked_config`.
+        ValueError: for a record of earlier starts that cannot be read.
+    """
+    cfg, device = checked_config(args)
+    asked, cfg.train.device = cfg.train.device, device
+    folder = cfg.train.output_dir
+    if not args.eval_only:
+        cfg.train.seed = choose_seed(cfg.train.get("seed", -1), folder, args.resume)
+    default_setup(cfg, args)
+    if not args.eval_only:
+        add_to_record(folder, seed=cfg.train.seed, resume=args.resume)
+    say_device(asked, device)
+    return cfg
+
+
+def checked_config(args: Namespace) -> tuple[DictConfig, str]:
+    """The configuration, and the device that it is to run on; nothing is written.
+
+    Raises:
+        FileNotFoundError: for a missing configuration or dataset.
+        ValueError: for an override that cannot be read, a dataset name that does not exist, a
+            batch that cannot be divided, or processes that cannot be started.
+    """
+    cfg = _load(args.config_file, args.opts)
+    data = cfg.dataloader
+    for loader in (data.test,) if args.eval_only else (data.train, data.test):
+        for name in _names(loader.dataset.names):
+            check_dataset(name)
+    device = device_of(cfg.train.device, "train.device=cpu", args)
+    _precision(cfg, device)
+    if not args.eval_only:
+        pictures = {"dataloader.train.total_batch_size": data.train.total_batch_size}
+        passes = {"train.accumulation_steps": _passes(cfg)}
+        check_batch(pictures, passes, process_count(args))
+    return cfg, device
+
+
+def _load(config_file: str, overrides: list[str]) -> DictConfig:
+    if not os.path.isfile(config_file):
+        raise FileNotFoundError(f"There is no configuration file {config_file!r}.")
+    cfg = LazyConfig.load(config_file)
+    try:
+        return LazyConfig.apply_overrides(cfg, overrides)
+    except (HydraException, KeyError) as error:
+        raise ValueError(
+            f"The overrides {' '.join(overrides)!r} cannot be read; each is KEY=VALUE, as in "
+            f"train.max_iter=1000. {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _names(names: Union[str, Iterable[str]]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _passes(cfg: DictConfig) -> int:
+    """As ``SOLVER.ACCUMULATION_STEPS``."""
+    return cfg.train.get("accumulation_steps", 1)
+
+
+def _precision(cfg: DictConfig, device: str) -> Optional[torch.dtype]:
+    """As ``SOLVER.AMP``."""
+    amp = cfg.train.amp
+    if not amp.enabled:
+        return None
+    return mixed_precision("train.amp.dtype", amp.get("dtype", "float16"), device)
+
+
+class LazyTrainer(Step):
+    """Trains and evaluates a LazyConfig, as detectron2's own script for them does."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        model = self.build_model(cfg)
+        cfg.optimizer.params.model = model
+        super().__init__(
+            model,
+            self.build_train_loader(cfg),
+            instantiate(cfg.optimizer),
+            passes=_passes(cfg),
+            precision=_precision(cfg, cfg.train.device),
+        )
+        self.cfg = cfg
+        self.checkpointer = WholeCheckpointer(
+            model, cfg.train.output_dir, trainer=weakref.proxy(self)
+        )
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: DictConfig) -> nn.Module:
+        """The model, on its device, and for all processes where there are several."""
+        return for_all_processes(instantiate(cfg.model).to(cfg.train.device), **cfg.train.ddp)
+
+    @classmethod
+    def build_train_loader(cls, cfg: DictConfig) -> Any:
+        """As configured; detectron2's own in an order that a resumed run goes on with."""
+        loader = cfg.dataloader.train
+        if loader._target_ is build_detection_train_loader and loader.keys() <= _STREAM_OPTIONS:
+            loader._target_ = build_training_stream
+            loader.seed = cfg.train.seed
+        return instantiate(loader)
+
+    @classmethod
+    def test(cls, cfg: DictConfig, model: nn.Module) -> Any:
+        """Evaluate on the test set; the results."""
+        results = inference_on_dataset(
+            model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+        )
+        if comm.is_main_process():
+            print_csv_format(results)
+        return results
+
+    def build_hooks(self) -> list[Any]:
+        """The hooks of detectron2's script, and ours."""
+        settings, main = self.cfg.train, comm.is_main_process()
+        before = [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(self.cfg.lr_multiplier)),
+        ]
+        later = [hooks.EvalHook(settings.eval_period, lambda: self.test(self.cfg, self.model))]
+        if main:
+            before.append(hooks.PeriodicCheckpointer(self.checkpointer, **settings.checkpointer))
+            writers = default_writers(settings.output_dir, settings.max_iter)
+            later.append(hooks.PeriodicWriter(writers, period=settings.log_period))
+        self._guard = FailureGuard()
+        self._resume = ResumeHook(self.data_loader, settings.seed, settings.output_dir, later)
+        return [*before, *later, self._guard, self._resume]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last whole checkpoint, or else ``train.init_checkpoint``."""
+        self.checkpointer.resume_or_load(self.cfg.train.init_checkpoint, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = self.iter + 1
+        self._resume.resumes = resume
+
+    def train(self) -> None:
+        """Train, and evaluate as configured.
+
+        Raises:
+            TrainingFailure: if memory or the disk is full, or losses are not finite.
+        """
+        with self._guard.explains(self.checkpointer):
+            super().train(self.start_iter, self.cfg.train.max_iter)

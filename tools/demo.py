@@ -21,12 +21,12 @@ import cv2
 import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor, default_argument_parser
+from detectron2.engine import DefaultPredictor
 from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 
 from nonlocal_det.attention import AttentionRecorder, detection_figure, save_figure
-from nonlocal_det.engine import Trainer, one_sentence_errors, setup
+from nonlocal_det.engine import Trainer, argument_parser, one_sentence_errors, setup
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = "lamps_mask_rcnn_R18_NL.yaml"
@@ -144,4 +144,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(default_argument_parser(__doc__).parse_args())
+    main(argument_parser(__doc__).parse_args())

@@ -1,19 +1,22 @@
 #!/usr/bin/env python
 """Train and evaluate any configuration, with detectron2's standard flags.
 
-python tools/train_net.py --config-file configs/mask_rcnn_R50_NL.yaml --num-gpus 8
+    python tools/train_net.py --config-file configs/mask_rcnn_R50_NL.yaml --num-gpus 8
+
+Your own data are given by --train-json and --val-json; --check says what is wrong with them.
 """
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from typing import Any
 
 import detectron2.utils.comm as comm
-from detectron2.engine import default_argument_parser, hooks, launch
+from detectron2.engine import hooks, launch
 from detectron2.evaluation import verify_results
 
-from nonlocal_det.engine import Trainer, one_sentence_errors, setup
+from nonlocal_det.engine import Trainer, argument_parser, check_data, one_sentence_errors, setup
 from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
 
 
@@ -45,7 +48,10 @@ def main(args: Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
+    arguments = argument_parser().parse_args()
+    if arguments.check:
+        with one_sentence_errors():
+            sys.exit(not check_data(arguments))
     launch(
         main,
         arguments.num_gpus,

@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
 from ..modeling.places import check_positions
+from .own_data import own_data
 
 
 @contextmanager
@@ -37,14 +38,18 @@ def setup(args: Namespace) -> CfgNode:
         ValueError: for a key, a value, a position or a dataset name that does not exist.
     """
     cfg = load_config(args.config_file, args.opts)
+    own = own_data(cfg, args)
+    own.configure(cfg)
     check_positions(cfg)
-    for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
-        check_dataset(name)
+    if not own.reports:
+        for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+            check_dataset(name)
     on_cpu = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     default_setup(cfg, args)
+    own.finish(cfg)
     if on_cpu:
         logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")
     return cfg

@@ -16,7 +16,14 @@ import detectron2.utils.comm as comm
 from detectron2.engine import hooks, launch
 from detectron2.evaluation import verify_results
 
-from nonlocal_det.engine import Trainer, argument_parser, check_data, one_sentence_errors, setup
+from nonlocal_det.engine import (
+    PictureError,
+    Trainer,
+    argument_parser,
+    check_data,
+    one_sentence_errors,
+    setup,
+)
 from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
 
 
@@ -28,13 +35,14 @@ def main(args: Namespace) -> Any:
             model = Trainer.build_model(cfg)
         else:
             trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
 
     if not args.eval_only:
-        trainer.resume_or_load(resume=args.resume)
         if cfg.TEST.AUG.ENABLED:
             test = lambda: trainer.test_with_augmentation(cfg, trainer.model)  # noqa: E731
             trainer.register_hooks([hooks.EvalHook(0, test)])
-        return trainer.train()
+        with one_sentence_errors(PictureError):
+            return trainer.train()
 
     NonLocalCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
         cfg.MODEL.WEIGHTS, resume=args.resume

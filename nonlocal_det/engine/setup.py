@@ -18,15 +18,21 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
 from ..modeling.places import check_positions
-from .own_data import own_data
+from .checks import check_run
+from .own_data import TRAIN, VAL, own_data
 
 
 @contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """End the program with what a wrong input raised, as one sentence, and exit code 1."""
+def one_sentence_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End the program with what a wrong input raised, as one sentence, and exit code 1.
+
+    Args:
+        kinds: of errors that speak for themselves; by default ValueError and OSError.
+    """
+    said_in_one = kinds or (ValueError, OSError)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except said_in_one as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
 
 
@@ -47,6 +53,7 @@ def setup(args: Namespace) -> CfgNode:
     on_cpu = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
+    check_run(cfg, args)
     cfg.freeze()
     default_setup(cfg, args)
     own.finish(cfg)
@@ -64,7 +71,10 @@ def check_dataset(name: str) -> None:
     """
     if name not in DatasetCatalog.list():
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=4, cutoff=0.4)
-        raise ValueError(f"There is no dataset {name!r}. The nearest names are {', '.join(near)}.")
+        hint = f" The nearest names are {', '.join(near)}." if near else ""
+        if name in (TRAIN, VAL):
+            hint = " It is that of your own data: give --train-json and --val-json again."
+        raise ValueError(f"There is no dataset {name!r}.{hint}")
     metadata = MetadataCatalog.get(name)
     for key in ("json_file", "image_root"):
         path = metadata.get(key)

@@ -8,7 +8,11 @@ from typing import Any, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -23,6 +27,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from ..attention.hook import AttentionHook
 from ..layers.base import choose
 from ..modeling.checkpoint import NonLocalCheckpointer
+from .pictures import NamingMapper
 
 
 class Trainer(DefaultTrainer):
@@ -53,6 +58,17 @@ class Trainer(DefaultTrainer):
                 f"'coco_panoptic_seg' can be evaluated."
             )
         return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """detectron2's, which names a picture that cannot be read."""
+        return build_detection_train_loader(cfg, mapper=NamingMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Likewise."""
+        mapper = NamingMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:

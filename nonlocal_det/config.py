@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 
@@ -73,13 +75,25 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     """
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"There is no configuration file {config_file!r}.")
+    if config_file.endswith(".py"):
+        raise ValueError(
+            f"{config_file!r} is a LazyConfig, which tools/lazyconfig_train_net.py takes; a YAML "
+            f"file goes here."
+        )
     cfg = get_cfg()
     add_nonlocal_config(cfg)
     known = list(_keys(cfg))
+    if len(options) % 2:
+        raise ValueError(f"After the flags come pairs of KEY VALUE, not {' '.join(options)!r}.")
     try:
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(options))
-    except (KeyError, AssertionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{config_file!r} cannot be read as YAML: {said}.") from error
+    except AttributeError as error:
+        raise ValueError(f"{config_file!r} holds no keys with values, or its base.") from error
+    except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(_explain(error, known)) from error
     return cfg
 
@@ -92,8 +106,12 @@ def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def _explain(error: Exception, known: list[str]) -> str:
-    """One sentence for what yacs says of a key that does not exist, with the nearest that do."""
+    """One sentence for what yacs says of a key that does not exist, or of a value's type."""
     said = str(error.args[0]) if error.args else str(error)
+    mismatch = re.search(r"\(<class '(\w+)'>.*\((.*) vs\. (.*)\) for config key: (.*)", said)
+    if mismatch:
+        kind, default, value, key = mismatch.groups()
+        return f"{key} is {value!r}; it must be a {kind}, such as {default}."
     key: Optional[str] = said.rsplit(": ", 1)[-1] if "Non-existent" in said else None
     if key is None:
         return f"The configuration cannot be read: {said}"

@@ -88,4 +88,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, default_argument_parser().parse_args(), lambda args: (None, "cpu"))
+    launch(main, default_argument_parser().parse_args(), lambda: "cpu")

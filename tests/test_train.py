@@ -1,23 +1,18 @@
-"""Real runs of tools/train_net.py: training, COCO evaluation, resuming, wrong input.
+"""Real runs of tools/train_net.py: training, COCO evaluation, resuming.
 
-Tried by hand, and seen to fail: evaluating without loading the weights; ignoring --resume; checking
-the dataset after the output folder is made.
+Tried by hand, and seen to fail: evaluating without loading the weights; ignoring --resume.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import default_argument_parser
-
-from nonlocal_det.data import register_lamps
 
 PROJECT = Path(__file__).parents[1]
 COCO = PROJECT.parent / "shared" / "data" / "coco"
@@ -29,9 +24,7 @@ SMALL = [
 ]
 
 
-def train_net(
-    config: str, *arguments: object, datasets: Path, fails: bool = False
-) -> subprocess.CompletedProcess[str]:
+def train_net(config: str, *arguments: object, datasets: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / "train_net.py")]
     done = subprocess.run(
         [*command, "--config-file", str(PROJECT / "configs" / config), *map(str, arguments)],
@@ -39,7 +32,7 @@ def train_net(
         capture_output=True,
         text=True,
     )
-    assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
@@ -98,46 +91,3 @@ def test_real_coco(tmp_path: Path) -> None:
     train_net(config, "--eval-only", *SMALL, *weights, datasets=COCO.parent)
     name = Path("inference") / "coco_instances_results.json"
     assert (tmp_path / "again" / name).read_text() == (tmp_path / name).read_text()
-
-
-def test_a_missing_dataset_ends_with_one_sentence(tmp_path: Path) -> None:
-    output = ("OUTPUT_DIR", tmp_path / "output")
-    done = train_net("mask_rcnn_R50_NL.yaml", *output, datasets=tmp_path, fails=True)
-    assert "Traceback" not in done.stderr
-    assert all(part in done.stderr for part in ("coco_2017_train", str(tmp_path), "DETECTRON2_"))
-    assert not (tmp_path / "output").exists()
-
-
-@pytest.mark.parametrize(
-    ("config", "options", "said"),
-    [
-        ("no_such.yaml", (), ["no_such.yaml"]),
-        (LAMPS, ("MODEL.NONLOCL.SCALE", "True"), ["MODEL.NONLOCL", "MODEL.NONLOCAL"]),
-        (LAMPS, ("MODEL.NONLOCAL.SCALE", "often"), ["MODEL.NONLOCAL.SCALE", "bool"]),
-        (LAMPS, ("MODEL.NONLOCAL.MECHANISM", "local"), ["local", "global_context"]),
-        (LAMPS, ("MODEL.NONLOCAL.PAIRWISE", "cosine"), ["cosine", "embedded_gaussian"]),
-        (LAMPS, ("MODEL.NONLOCAL.POSITIONS", "('res6[0]',)"), ["res6[0]", "res2, res3, res4"]),
-        (LAMPS, ("MODEL.NONLOCAL.POSITIONS", "('res4[7]',)"), ["res4[7]", "2 blocks", "0 to 1"]),
-        (LAMPS, ("MODEL.NONLOCAL.POSITIONS", "('res4[',)"), ["'res4['", "'res4[-2]'"]),
-        (LAMPS, ("MODEL.NONLOCAL.NORM", "FrozenBN"), ["FrozenBN", "'BN'"]),
-        (
-            LAMPS,
-            ("MODEL.NONLOCAL.POSITIONS", "('res2[0]',)", "MODEL.BACKBONE.FREEZE_AT", "2"),
-            ["res2[0]", "MODEL.BACKBONE.FREEZE_AT"],
-        ),
-        (LAMPS, ("DATASETS.TEST", "('lamp_val',)"), ["lamp_val", "lamps_val"]),
-    ],
-)
-def test_wrong_input_ends_with_one_sentence(
-    config: str, options: tuple[str, ...], said: list[str], datasets: Path, tmp_path: Path
-) -> None:
-    """In this process, for speed: what train_net.py would end with."""
-    script = runpy.run_path(str(PROJECT / "tools" / "train_net.py"))
-    file = str(PROJECT / "configs" / config)
-    register_lamps(str(datasets))
-    arguments = ["--config-file", file, *options, "OUTPUT_DIR", str(tmp_path / "output")]
-    with pytest.raises(SystemExit) as stop:
-        script["main"](default_argument_parser().parse_args(arguments))
-    sentence = str(stop.value)
-    assert all(part in sentence for part in said), sentence
-    assert "\n" not in sentence and not list(tmp_path.rglob("*.pth"))

@@ -12,7 +12,7 @@ from typing import Any
 
 from detectron2.engine import default_argument_parser
 
-from nonlocal_det.engine import TrainingFailure, WholeCheckpointer, launch, one_sentence_errors
+from nonlocal_det.engine import RunFailure, WholeCheckpointer, launch, one_sentence_errors
 from nonlocal_det.engine.lazy import LazyTrainer, checked_config, setup
 
 
@@ -22,17 +22,14 @@ def main(args: Namespace) -> Any:
         cfg = setup(args)
         if args.eval_only:
             model = LazyTrainer.build_model(cfg)
+            WholeCheckpointer(model).load(cfg.train.init_checkpoint)
         else:
             trainer = LazyTrainer(cfg)
             trainer.resume_or_load(resume=args.resume)
-
-    if not args.eval_only:
-        with one_sentence_errors(TrainingFailure):
-            return trainer.train()
-
-    WholeCheckpointer(model).load(cfg.train.init_checkpoint)
-    return LazyTrainer.test(cfg, model)
+    with one_sentence_errors(RunFailure):
+        return LazyTrainer.test(cfg, model) if args.eval_only else trainer.train()
 
 
 if __name__ == "__main__":
-    launch(main, default_argument_parser().parse_args(), checked_config)
+    arguments = default_argument_parser().parse_args()
+    launch(main, arguments, lambda: checked_config(arguments).device)

@@ -42,8 +42,8 @@ def one_sentence_errors(*kinds: type[Exception]) -> Iterator[None]:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
 
 
-class TrainingFailure(RuntimeError):
-    """Training stopped for a reason that its message explains."""
+class RunFailure(RuntimeError):
+    """A run stopped for a reason that the message, one sentence or more, explains."""
 
 
 class FailureGuard(HookBase):
@@ -87,8 +87,8 @@ class FailureGuard(HookBase):
         """Say what ends training inside in one sentence, where one is known; in the log as well.
 
         Raises:
-            TrainingFailure: for full memory, a full disk, and losses or weights that are not
-                finite.
+            RunFailure: for full memory, a full disk, a picture that cannot be used, and losses
+                or weights that are not finite.
         """
 
         def without_traceback(record: logging.LogRecord) -> bool:
@@ -105,7 +105,7 @@ class FailureGuard(HookBase):
             sentence = self._explain(error, checkpointer)
             if sentence is None:
                 raise
-            raise TrainingFailure(sentence) from error
+            raise RunFailure(sentence) from error
         finally:
             logger.removeFilter(without_traceback)
 
@@ -126,6 +126,8 @@ class FailureGuard(HookBase):
         said = str(error) or type(error).__name__
         if isinstance(error, FloatingPointError):
             return f"{said} {self._seen()} {self._advice()}"
+        if isinstance(error, RunFailure):
+            return said
         if isinstance(error, MemoryError) or _MEMORY_FULL.search(said):
             return (
                 f"Memory is full: {said.splitlines()[0]} {self._seen()} Take fewer pictures at "

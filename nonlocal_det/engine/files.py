@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
@@ -24,7 +25,9 @@ def whole_file(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     Raises:
         OSError: if the disk is full, or the folder cannot be written.
     """
-    beside = path + BESIDE
+    folder, name = os.path.split(path)
+    # Processes of several machines may write the same file on a disk that they share.
+    beside = os.path.join(folder, f"{secrets.token_hex(4)}-{name}{BESIDE}")
     try:
         with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -35,7 +38,7 @@ def whole_file(path: str, mode: str = "w") -> Iterator[IO[Any]]:
         with suppress(OSError):
             os.remove(beside)
         raise
-    _sync_folder(os.path.dirname(path) or ".")
+    _sync_folder(folder or ".")
 
 
 def _sync_folder(folder: str) -> None:

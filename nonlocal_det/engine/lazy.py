@@ -19,11 +19,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from .checkpoint import WholeCheckpointer
+from .checks import check_batch, check_dataset, check_folder
 from .failure import FailureGuard
 from .processes import device_of, for_all_processes, process_count
 from .record import add_to_record, choose_seed
 from .resume import ResumeHook
-from .setup import check_batch, check_dataset, say_device
+from .setup import Checked, say_device
 from .step import Step, mixed_precision
 from .stream import build_training_stream
 
@@ -38,10 +39,10 @@ def setup(args: Namespace) -> DictConfig:
     """The configuration of detectron2's standard arguments, checked before anything is written.
 
     Raises:
-        FileNotFoundError, ValueError: as `checked_config`.
+        OSError, ValueError: as `checked_config`.
         ValueError: for a record of earlier starts that cannot be read.
     """
-    cfg, device = checked_config(args)
+    cfg, device, _ = checked_config(args)
     asked, cfg.train.device = cfg.train.device, device
     folder = cfg.train.output_dir
     if not args.eval_only:
@@ -53,11 +54,12 @@ def setup(args: Namespace) -> DictConfig:
     return cfg
 
 
-def checked_config(args: Namespace) -> tuple[DictConfig, str]:
-    """The configuration, and the device that it is to run on; nothing is written.
+def checked_config(args: Namespace) -> Checked:
+    """All that can be known to be wrong before anything is written.
 
     Raises:
-        FileNotFoundError: for a missing configuration or dataset.
+        OSError: for a configuration or a dataset that is missing, or an output folder that cannot
+            be written to.
         ValueError: for an override that cannot be read, a dataset name that does not exist, a
             batch that cannot be divided, or processes that cannot be started.
     """
@@ -72,7 +74,8 @@ def checked_config(args: Namespace) -> tuple[DictConfig, str]:
         pictures = {"dataloader.train.total_batch_size": data.train.total_batch_size}
         passes = {"train.accumulation_steps": _passes(cfg)}
         check_batch(pictures, passes, process_count(args))
-    return cfg, device
+    check_folder("train.output_dir", cfg.train.output_dir)
+    return Checked(cfg, device)
 
 
 def _load(config_file: str, overrides: list[str]) -> DictConfig:
@@ -175,7 +178,7 @@ class LazyTrainer(Step):
         """Train, and evaluate as configured.
 
         Raises:
-            TrainingFailure: if memory or the disk is full, or losses are not finite.
+            RunFailure: if memory or the disk is full, or losses are not finite.
         """
         with self._guard.explains(self.checkpointer):
             super().train(self.start_iter, self.cfg.train.max_iter)

@@ -84,11 +84,7 @@ class _Group(NamedTuple):
     first: int  # the rank of this machine's first process
 
 
-def launch(
-    main: Callable[[Namespace], Any],
-    args: Namespace,
-    check: Callable[[Namespace], tuple[Any, str]],
-) -> Any:
+def launch(main: Callable[[Namespace], Any], args: Namespace, device: Callable[[], str]) -> Any:
     """Call ``main(args)`` in every process that torchrun, or else detectron2's flags, ask for.
 
     Under torchrun this process is one of them already. Otherwise ``--num-gpus`` processes start
@@ -97,9 +93,9 @@ def launch(
     Args:
         main: of a script's top level, since new processes import it.
         args: detectron2's standard arguments.
-        check: gives a configuration and the device of all processes: "cuda", with a GPU for each
-            of this machine, or "cpu". It is called before any other process starts, so that one
-            alone says what is wrong; a single process calls ``main`` at once.
+        device: gives that of all processes: "cuda", with a GPU for each of this machine, or "cpu".
+            It is called before any other process starts, so that one alone says what is wrong with
+            the arguments. A single process is left to ``main``.
 
     Returns:
         What ``main`` returns, where it runs in this process.
@@ -109,14 +105,14 @@ def launch(
     if size == 1 and not by_torchrun:
         return main(args)
     with one_sentence_errors():
-        _, device = check(args)
+        name = device()
     if by_torchrun:
         rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         group = _Group("env://", size, here, rank - local_rank)
-        return _process(local_rank, group, device, main, args)
+        return _process(local_rank, group, name, main, args)
     group = _Group(_url(args), size, here, args.machine_rank * here)
     try:
-        mp.spawn(_process, (group, device, main, args), nprocs=here)
+        mp.spawn(_process, (group, name, main, args), nprocs=here)
     except mp.ProcessExitedException as error:
         # A process that ends with 1 has said why.
         sys.exit(1 if error.exit_code == 1 else str(error))

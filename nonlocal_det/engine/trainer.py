@@ -12,7 +12,7 @@ import detectron2.utils.comm as comm
 import torch
 import torch.nn as nn
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -30,6 +30,7 @@ from ..layers.base import choose
 from ..modeling.places import used_features
 from .checkpoint import WholeCheckpointer
 from .failure import FailureGuard
+from .pictures import NamingMapper
 from .processes import EndsAlone, for_all_processes
 from .resume import ResumeHook
 from .step import Step, mixed_precision
@@ -79,7 +80,14 @@ class Trainer(EndsAlone, DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Batches in an order that ``SEED`` decides, which a resumed run goes on with."""
-        return build_training_stream(cfg, seed=_seed(cfg))
+        mapper = NamingMapper(cfg, is_train=True)
+        return build_training_stream(cfg, mapper=mapper, seed=_seed(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """detectron2's, which names a picture that cannot be read."""
+        mapper = NamingMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_hooks(self) -> list[Any]:
         """Make detectron2's hooks, and ours."""
@@ -117,7 +125,8 @@ class Trainer(EndsAlone, DefaultTrainer):
         """Train, and evaluate as configured.
 
         Raises:
-            TrainingFailure: if memory or the disk is full, or losses are not finite.
+            RunFailure: if memory or the disk is full, a picture cannot be used, or losses are
+                not finite.
         """
         with self._guard.explains(self.checkpointer):
             return super().train()
@@ -137,7 +146,8 @@ class Trainer(EndsAlone, DefaultTrainer):
         if kind in ("sem_seg", "coco_panoptic_seg"):
             evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
         if kind in ("coco", "coco_panoptic_seg"):
-            evaluators.append(COCOEvaluator(dataset_name, output_dir=folder))
+            sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+            evaluators.append(COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas))
         if kind == "coco_panoptic_seg":
             evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
         if not evaluators:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
+import torch.nn as nn
 from detectron2.checkpoint import DetectionCheckpointer
 
 from ..layers.base import NonLocalBase
@@ -15,6 +17,9 @@ class NonLocalCheckpointer(DetectionCheckpointer):
 
     Also reads torchvision's ResNets as they are. They take images in RGB, with a standard
     deviation, and STRIDE_IN_1X1 False.
+
+    Attributes:
+        fit: what the last loading did to the model.
     """
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -26,33 +31,62 @@ class NonLocalCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
         if incompatible is not None:
-            self.logger.info(self._summary(incompatible))
+            self.fit = _fit(self.model, incompatible)
+            self.logger.info(str(self.fit))
         return incompatible
 
-    def _summary(self, incompatible: Any) -> str:
-        """How many tensors loaded, which blocks are new, and what else did not fit."""
-        misshaped = {entry[0] for entry in incompatible.incorrect_shapes}
-        missing = set(incompatible.missing_keys) - misshaped
-        keys_of = {
-            name: {f"{name}.{key}" for key in module.state_dict()}
-            for name, module in self.model.named_modules()
-            if isinstance(module, NonLocalBase)
-        }
-        # A block of which something was loaded is not new: what it lacks is then reported.
-        new = [name for name, keys in keys_of.items() if keys <= missing]
-        other = missing.difference(*(keys_of[name] for name in new))
-        loaded = self.model.state_dict().keys() - missing - misshaped
-        parts = [f"{len(loaded)} tensors loaded"]
-        parts.append(f"{len(new)} new blocks: {', '.join(new)}" if new else "no new block")
+
+@dataclass(frozen=True)
+class Fit:
+    """What loading did to a model, by the names of tensors.
+
+    Attributes:
+        loaded: were in the checkpoint.
+        new: blocks, by name, of which nothing was.
+        missing: others that were not.
+        misshaped: were, in another shape.
+        unexpected: of the checkpoint, in no model's place.
+    """
+
+    loaded: set[str]
+    new: list[str]
+    missing: set[str]
+    misshaped: set[str]
+    unexpected: set[str]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        parts.append(
+            f"{len(self.new)} new blocks: {', '.join(self.new)}" if self.new else "no new block"
+        )
         for what, keys in (
-            ("not in the checkpoint", other),
-            ("of another shape", misshaped),
-            ("unexpected in the checkpoint", set(incompatible.unexpected_keys)),
+            ("not in the checkpoint", self.missing),
+            ("of another shape", self.misshaped),
+            ("unexpected in the checkpoint", self.unexpected),
         ):
             if keys:
                 shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
                 parts.append(f"{len(keys)} {what}: {shown}")
         return "; ".join(parts) + "."
+
+
+def _fit(model: nn.Module, incompatible: Any) -> Fit:
+    misshaped = {entry[0] for entry in incompatible.incorrect_shapes}
+    missing = set(incompatible.missing_keys) - misshaped
+    keys_of = {
+        name: {f"{name}.{key}" for key in module.state_dict()}
+        for name, module in model.named_modules()
+        if isinstance(module, NonLocalBase)
+    }
+    # A block of which something was loaded is not new: what it lacks is then reported.
+    new = [name for name, keys in keys_of.items() if keys <= missing]
+    return Fit(
+        loaded=model.state_dict().keys() - missing - misshaped,
+        new=new,
+        missing=missing.difference(*(keys_of[name] for name in new)),
+        misshaped=misshaped,
+        unexpected=set(incompatible.unexpected_keys),
+    )
 
 
 def rename_torchvision(weights: dict[str, Any]) -> dict[str, Any]:

@@ -74,28 +74,31 @@ def wait_for(path: Path) -> None:
         time.sleep(0.001)
 
 
-def test_an_evaluation_that_was_cut_short_is_done(place: Place) -> None:
-    """And the results of an earlier one, not yet in metrics.json at the checkpoint, are kept."""
-    options = ("DATASETS.TEST", [DATASET], "TEST.EVAL_PERIOD", 2, "INPUT.MIN_SIZE_TEST", 48)
-    place.train("evaluated", *options)
-    run = place.start("cut", *options)
-    wait_for(place.folder / "cut" / "model_0000003.pth")
+@pytest.mark.parametrize(("period", "expected"), [(2, [3, 6]), (3, [2, 6])])
+def test_no_evaluation_is_lost(place: Place, period: int, expected: list[int]) -> None:
+    """Neither one that the kill cut short, nor one that was not in metrics.json yet."""
+    output = f"evaluated{period}"
+    options = ("DATASETS.TEST", [DATASET], "TEST.EVAL_PERIOD", period, "INPUT.MIN_SIZE_TEST", 48)
+    place.train(output, *options)
+    run = place.start(f"{output}cut", *options)
+    wait_for(place.folder / f"{output}cut" / "model_0000003.pth")
     run.kill()
     run.join()
-    assert not (place.folder / "cut" / "metrics.json").read_text()
-    place.train("cut", "--resume", *options)
-    evaluated = [row["iteration"] for row in place.metrics("cut") if "bbox/AP" in row]
-    assert evaluated == [1, 3, 6]
-    assert place.metrics("cut") == place.metrics("evaluated")
+    assert not (place.folder / f"{output}cut" / "metrics.json").read_text()
+    place.train(f"{output}cut", "--resume", *options)
+    metrics = place.metrics(f"{output}cut")
+    assert [row["iteration"] for row in metrics if "bbox/AP" in row] == expected
+    assert metrics == place.metrics(output)
 
 
 def test_without_a_seed_one_is_drawn_and_kept(place: Place) -> None:
-    place.train("unseeded", "SEED", -1, "SOLVER.MAX_ITER", 2)
-    place.train("unseeded", "--resume", "SEED", -1)
+    rate = ("SOLVER.WARMUP_ITERS", 0)
+    place.train("unseeded", "SEED", -1, "SOLVER.MAX_ITER", 2, *rate)
+    place.train("unseeded", "--resume", "SEED", -1, *rate)
     seeds = [start["seed"] for start in record(place, "unseeded")]
     assert seeds[0] == seeds[1] >= 0
     assert f"SEED: {seeds[0]}\n" in (place.folder / "unseeded" / "config.yaml").read_text()
-    place.train("seeded", "SEED", seeds[0])
+    place.train("seeded", "SEED", seeds[0], *rate)
     assert_same(state(place, "unseeded"), state(place, "seeded"))
     place.train("other", "SEED", -1, "SOLVER.MAX_ITER", 1)
     assert record(place, "other")[0]["seed"] != seeds[0]

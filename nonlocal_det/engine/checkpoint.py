@@ -75,7 +75,8 @@ class WholeCheckpointer(NonLocalCheckpointer):
         if is_whole(named):
             return named
         ours = re.compile(r"model_(\d+|final)\.pth")
-        saved = [file for file in self.get_all_checkpoint_files() if ours.match(_name(file))]
+        files = self.get_all_checkpoint_files()
+        saved = [file for file in files if ours.fullmatch(os.path.basename(file))]
         for file in sorted(saved, key=os.path.getmtime, reverse=True):
             if is_whole(file):
                 self.logger.warning(
@@ -96,10 +97,6 @@ class _WholeFiles:
         if "w" in mode and os.path.isdir(os.path.dirname(path) or "."):
             return whole_file(path, mode)
         return PathManager.open(path, mode, **options)
-
-
-def _name(path: str) -> str:
-    return os.path.basename(path)
 
 
 def not_finite(model: nn.Module) -> list[str]:

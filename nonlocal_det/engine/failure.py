@@ -55,7 +55,7 @@ class FailureGuard(HookBase):
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        self._pictures: list[dict[str, Any]] = []
+        self._pictures = ""
 
     def before_train(self) -> None:
         """Look from now on."""
@@ -72,7 +72,10 @@ class FailureGuard(HookBase):
 
     def _before(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if model.training:
-            self._pictures = inputs[0]
+            self._pictures = ", ".join(
+                str(picture.get("file_name", picture.get("image_id", "without a name")))
+                for picture in inputs[0]
+            )
 
     def _after(self, model: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
         if not model.training:
@@ -143,16 +146,15 @@ class FailureGuard(HookBase):
         return None
 
     def _seen(self) -> str:
-        names = (p.get("file_name", p.get("image_id", "without a name")) for p in self._pictures)
-        process = f" of process {comm.get_rank()}" if comm.get_world_size() > 1 else ""
-        return f"The pictures{process} were {', '.join(map(str, names))}."
+        process = f"process {comm.get_rank()}" if comm.get_world_size() > 1 else "the model"
+        return f"The last pictures that {process} saw: {self._pictures or 'none yet'}."
 
     def _advice(self) -> str:
         wrong = not_finite(self.trainer.model)
         why = (
             f"Weights are not finite, {wrong[0]} for one, so that an earlier gradient was not."
             if wrong
-            else "Weights are finite: look at the annotations of these pictures."
+            else "Weights are finite: look at the annotations of those pictures."
         )
         return (
             f"{why} A lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or "

@@ -37,6 +37,7 @@ import torch
 import whole_model
 from torch import Tensor
 
+from nonlocal_det.attention.command import check_folder
 from nonlocal_det.engine import one_sentence_errors
 from nonlocal_det.layers import PAIRWISE, NonLocalBlock
 from nonlocal_det.layers.pairwise import (
@@ -442,6 +443,9 @@ def parse_arguments(arguments: Optional[list[str]] = None) -> argparse.Namespace
 def main() -> None:
     """Measure, print, write."""
     options = parse_arguments()
+    if options.output:
+        with one_sentence_errors():
+            check_folder(options.output)
     found = machine(options.device, options.threads)
     print(", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
     if options.device == "cpu" and found["load"] > 0.5:

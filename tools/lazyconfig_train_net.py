@@ -8,14 +8,13 @@ python tools/lazyconfig_train_net.py --num-gpus 8 \
 from __future__ import annotations
 
 import logging
-import os
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any, Union
 
 import detectron2.utils.comm as comm
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
@@ -27,9 +26,9 @@ from detectron2.engine import (
 )
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from nonlocal_det.config import load_lazy_config
 from nonlocal_det.engine import check_dataset, one_sentence_errors
 from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
 
@@ -41,16 +40,7 @@ def setup(args: Namespace) -> DictConfig:
         FileNotFoundError: for a missing configuration or dataset.
         ValueError: for an override that cannot be read, or a dataset name that does not exist.
     """
-    if not os.path.isfile(args.config_file):
-        raise FileNotFoundError(f"There is no configuration file {args.config_file!r}.")
-    cfg = LazyConfig.load(args.config_file)
-    try:
-        cfg = LazyConfig.apply_overrides(cfg, args.opts)
-    except (HydraException, KeyError) as error:
-        raise ValueError(
-            f"The overrides {' '.join(args.opts)!r} cannot be read; each is KEY=VALUE, as in "
-            f"train.max_iter=1000. {str(error).splitlines()[0]}"
-        ) from error
+    cfg = load_lazy_config(args.config_file, args.opts)
     data = cfg.dataloader
     for loader in (data.test,) if args.eval_only else (data.train, data.test):
         for name in _names(loader.dataset.names):

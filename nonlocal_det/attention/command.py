@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..config import load_config
+from ..modeling.checks import build_without_memory, check_device, check_weights
 
 _PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _DEMO_CONFIG = os.path.join(_PROJECT, "configs", "lamps_mask_rcnn_R18_NL.yaml")
@@ -42,8 +43,6 @@ def load_cfg(args: argparse.Namespace) -> CfgNode:
                 f"There is no {os.path.relpath(weights)}: run tools/demo.py first, or name a model "
                 f"with --config-file and --weights."
             )
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise FileNotFoundError(f"There are no weights {weights!r}.")
     if not cfg.MODEL.NONLOCAL.POSITIONS:
         raise ValueError(
             "The model has no non-local blocks to look at: MODEL.NONLOCAL.POSITIONS is empty."
@@ -51,15 +50,25 @@ def load_cfg(args: argparse.Namespace) -> CfgNode:
     cfg.MODEL.WEIGHTS = weights
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    check_device(cfg.MODEL.DEVICE)
+    check_weights(weights, build_without_memory(cfg), evaluates=True)
     return cfg
 
 
-def check_folder(folder: str) -> None:
-    """Make the folder, and see that files can be written there.
+def check_folder(path: str, option: str = "--output") -> None:
+    """Make a folder and see that it can be written to; an address elsewhere is left to the run.
 
     Raises:
-        OSError: if not.
+        OSError: if it cannot.
     """
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    if "://" in path:
+        return
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        said = "it is a file" if os.path.isfile(path) else error.strerror
+        raise OSError(
+            f"{option} is {path!r}, where nothing can be written ({said}); give another folder."
+        ) from error

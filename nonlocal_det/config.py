@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
@@ -96,6 +98,57 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(_explain(error, known)) from error
     return cfg
+
+
+def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """A LazyConfig, with ``KEY=VALUE`` over it.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it cannot be read; for an override that cannot, or of a key that nothing has.
+    """
+    if not os.path.isfile(config_file):
+        raise FileNotFoundError(f"There is no configuration file {config_file!r}.")
+    if not config_file.endswith(".py"):
+        raise ValueError(
+            f"{config_file!r} is no LazyConfig, whose name ends in .py; tools/train_net.py takes "
+            f"YAML."
+        )
+    try:
+        cfg = LazyConfig.load(config_file)
+    except SyntaxError as error:
+        said = error.__cause__ or error
+        raise ValueError(f"{config_file!r} cannot be read as Python: {said}.") from error
+    _add_lazy_keys(cfg)
+    try:
+        for key, given, _ in (text.partition("=") for text in overrides):
+            if given:
+                _check_lazy_key(cfg, key.lstrip("+~"))
+        return LazyConfig.apply_overrides(cfg, list(overrides))
+    except (HydraException, KeyError) as error:
+        raise ValueError(
+            f"The overrides {' '.join(overrides)!r} cannot be read; each is KEY=VALUE, as in "
+            f"train.max_iter=1000. {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _add_lazy_keys(cfg: DictConfig) -> None:
+    """Add to ``train`` what it lacks. These defaults change nothing."""
+    if "train" in cfg:
+        # As SEED, SOLVER.ACCUMULATION_STEPS and SOLVER.AMP.DTYPE.
+        cfg.train.setdefault("seed", -1)
+        cfg.train.setdefault("accumulation_steps", 1)
+        cfg.train.amp.setdefault("dtype", "float16")
+
+
+def _check_lazy_key(cfg: DictConfig, key: str) -> None:
+    """What will be called may be given another argument; elsewhere nothing would read a new key."""
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if isinstance(node, DictConfig) and last not in node and "_target_" not in node:
+        near = difflib.get_close_matches(last, list(node), n=3, cutoff=0.5)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"There is no configuration key {key}.{hint}")
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -207,7 +207,7 @@ def test_video_becomes_a_video(tmp_path):
     [
         (
             ["--config-file", CONFIG, "--weights", "missing.pth"],
-            "There are no weights 'missing.pth'",
+            "MODEL.WEIGHTS is 'missing.pth', which is not a file",
         ),
         (["--config-file", "missing.yaml"], "There is no configuration file 'missing.yaml'"),
         (

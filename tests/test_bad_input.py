@@ -10,25 +10,35 @@ loaded without looking at what fits; a dataset's report that stops at the first 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import importlib.util
+import json
+import os
 import pickle
+import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Union
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
+from nonlocal_det.config import load_config
 from nonlocal_det.data import register_lamps
+from nonlocal_det.data.check import KINDS, LEFT_OUT, STOPS
 from nonlocal_det.data.coco import annotation_file, ensure_dataset
-from nonlocal_det.engine import Trainer
+from nonlocal_det.engine import Trainer, argument_parser, check_data
+from nonlocal_det.engine.own_data import own_data
+from nonlocal_det.engine.pictures import NamingMapper
 
 PROJECT = Path(__file__).parents[1]
 LAMPS = "lamps_mask_rcnn_R18_NL.yaml"
 OWN = ["--train-json", "own.json", "--train-images", "pictures"]
+KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.MASK_ON", "False"]
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +106,11 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def tool(name: str) -> Any:
+def tool_path(name: str) -> Path:
     path = PROJECT / "tools" / f"{name}.py"
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # as a script has it
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return path
 
 
 def train(*options: str, config: str = LAMPS) -> list[str]:
@@ -125,8 +132,8 @@ def ends_with(run: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> str
 
 
 def run_train_net(arguments: list[str]) -> None:
-    script = tool("train_net")
-    script.main(script.argument_parser().parse_args(arguments))
+    script = runpy.run_path(str(tool_path("train_net")))
+    script["main"](argument_parser().parse_args(arguments))
 
 
 CONFIGURATIONS = {
@@ -278,4 +285,354 @@ def test_training_does_not_start(
     sentence = ends_with(lambda: run_train_net(arguments), capsys)
     assert all(part in sentence for part in said), sentence
     assert "\n" not in sentence and len(sentence) < 500
+    assert contents(folder) == before
+
+
+# Datasets: (what is done to them, the kind of problem, what the report names). What is done is
+# the whole new text of own.json, or a function of its content and of the folder of pictures.
+Damage = Union[str, Callable[[dict[str, Any]], Any]]
+
+
+def first(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    """Change the first annotation; an Ellipsis removes the key."""
+    return lambda content: change(content["annotations"][0], changes)
+
+
+def first_image(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: change(content["images"][0], changes)
+
+
+def change(entry: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        entry[key] = value
+        if value is ...:
+            del entry[key]
+
+
+def picture(data: Union[bytes, int]) -> Callable[[dict[str, Any]], None]:
+    """Write the first picture anew, or keep its first so many bytes."""
+
+    def damage(content: dict[str, Any]) -> None:
+        path = Path("pictures") / content["images"][0]["file_name"]
+        path.write_bytes(path.read_bytes()[:data] if isinstance(data, int) else data)
+
+    return damage
+
+
+def a_folder(content: dict[str, Any]) -> None:
+    path = Path("pictures") / content["images"][0]["file_name"]
+    path.unlink()
+    path.mkdir()
+
+
+def twice(part: str) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content[part].append(dict(content[part][0]))
+
+
+STOPPING: dict[str, tuple[Damage, str, str]] = {
+    "no JSON": ("{'images': []}", "unreadable", "line 1"),
+    "an empty file": ("", "unreadable", "line 1"),
+    "a cut file": ('{"images": [{"id": 1', "unreadable", "line 1"),
+    "a list": ("[1, 2]", "not_a_dataset", "a list of 2"),
+    "results": ('[{"image_id": 1, "score": 0.5}]', "not_a_dataset", "results"),
+    "a number": ("3", "not_a_dataset", "single value"),
+    "no images key": ('{"annotations": [], "categories": []}', "not_a_dataset", "images"),
+    "images no list": (
+        '{"images": {}, "annotations": [], "categories": []}',
+        "not_a_dataset",
+        "images",
+    ),
+    "no image": (lambda c: c["images"].clear(), "no_images", ""),
+    "no annotation": (lambda c: c["annotations"].clear(), "no_annotations", ""),
+    "no category": (lambda c: c["categories"].clear(), "no_categories", ""),
+    "no usable image": (
+        lambda c: [image.update(file_name="x.png") for image in c["images"]],
+        "no_images",
+        "",
+    ),
+    "no usable annotation": (
+        lambda c: [annotation.update(bbox=[]) for annotation in c["annotations"]],
+        "no_annotations",
+        "",
+    ),
+    "a category without a name": (
+        lambda c: c["categories"][0].pop("name"),
+        "bad_category",
+        '{"id": 1}',
+    ),
+    "a category id twice": (twice("categories"), "same_category_id", "1"),
+    "an image id twice": (twice("images"), "same_image_id", "1"),
+    "an annotation id twice": (twice("annotations"), "same_annotation_id", "1"),
+    "a category not declared": (first(category_id=9), "undeclared_category", "category 9"),
+}
+LEAVING_OUT: dict[str, tuple[Damage, str, str]] = {
+    "a missing picture": (first_image(file_name="gone.png"), "missing_image", "gone.png"),
+    "an empty picture": (picture(b""), "unreadable_image", "000001.png"),
+    "a cut header": (picture(20), "unreadable_image", "000001.png"),
+    "words for a picture": (picture(b"no picture"), "unreadable_image", "000001.png"),
+    "a folder for a picture": (a_folder, "unreadable_image", "000001.png"),
+    "another size": (first_image(width=9999), "other_size", "not 9999 x"),
+    "an image without height": (first_image(height=...), "bad_image", "000001.png"),
+    "an image's id as text": (first_image(id="1"), "bad_image", "000001.png"),
+    "an annotation of no image": (first(image_id=99), "no_such_image", "image 99"),
+    "an annotation without id": (first(id=...), "bad_annotation", "image_id"),
+    "a list for an annotation": (
+        lambda c: c["annotations"].__setitem__(0, [1, 2]),
+        "bad_annotation",
+        "[1, 2]",
+    ),
+    "an annotation to ignore": (first(ignore=1), "ignored", "annotation 1"),
+    "no box": (first(bbox=...), "bad_box", "annotation 1"),
+    "a box of 3": (first(bbox=[1, 2, 3]), "bad_box", "[1, 2, 3]"),
+    "a box of text": (first(bbox=["1", "2", "3", "4"]), "bad_box", "annotation 1"),
+    "a box of NaN": (first(bbox=[1, 2, float("nan"), 4]), "bad_box", "NaN"),
+    "an empty box": (first(bbox=[1, 2, 0, 4]), "empty_box", "[1, 2, 0, 4]"),
+    "a negative box": (first(bbox=[9, 9, -3, 4]), "empty_box", "-3"),
+    "a box outside": (first(bbox=[9999, 0, 5, 5]), "outside", "9999"),
+    "a polygon of 2 points": (first(segmentation=[[1, 2, 3, 4]]), "bad_polygon", "annotation 1"),
+    "a polygon of 7 numbers": (
+        first(segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
+        "bad_polygon",
+        "annotation 1",
+    ),
+    "a polygon of text": (first(segmentation=[["1"] * 6]), "bad_polygon", "annotation 1"),
+    "a flat polygon": (first(segmentation=[1, 2, 3, 4, 5, 6]), "bad_polygon", "annotation 1"),
+    "no mask": (first(segmentation=[]), "no_mask", "annotation 1"),
+    "an RLE of another size": (
+        first(segmentation={"size": [2, 3], "counts": [2, 4]}),
+        "bad_rle",
+        "annotation 1",
+    ),
+    "an RLE without counts": (first(segmentation={"size": [2, 3]}), "bad_rle", "annotation 1"),
+}
+
+
+def damage_own(how: Damage) -> None:
+    text = how
+    if callable(how):
+        content = json.loads(Path("own.json").read_text())
+        how(content)
+        text = json.dumps(content)
+    Path("own.json").write_text(text)
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_a_dataset_stops_a_run(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, kind, said = STOPPING[name]
+    damage_own(damage)
+    before = contents(folder)
+    arguments = train(*OWN, "OUTPUT_DIR", "output")
+    with pytest.raises(SystemExit, match="The data cannot be used"):
+        run_train_net(arguments)
+    shown = [line for line in capsys.readouterr().out.splitlines() if KINDS[kind].what in line]
+    assert len(shown) == 1 and shown[0].startswith(f"  {STOPS}") and said in shown[0]
+    assert not check_data(argument_parser().parse_args(arguments))
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", LEAVING_OUT)
+def test_what_cannot_be_used_is_left_out(name: str, folder: Path) -> None:
+    damage, kind, said = LEAVING_OUT[name]
+    whole = json.loads(Path("own.json").read_text())
+    damage_own(damage)
+    before = contents(folder)
+    args = argument_parser().parse_args(train(*OWN, "OUTPUT_DIR", "output"))
+    cfg = load_config(args.config_file, args.opts)
+    own = own_data(cfg, args)
+    shown = [
+        line for line in str(own.reports["own_train"]).splitlines() if KINDS[kind].what in line
+    ]
+    assert len(shown) == 1 and shown[0].startswith(f"  {LEFT_OUT}") and said in shown[0]
+    # As it is trained on.
+    own.configure(cfg)
+    own.finish(cfg)
+    used = DatasetCatalog.get("own_train")
+    lost = 1 if "image" in kind and kind != "no_such_image" or kind == "other_size" else 0
+    of_first = sum(a["image_id"] == 1 for a in whole["annotations"])
+    assert len(used) == len(whole["images"]) - lost
+    assert sum(len(record["annotations"]) for record in used) == len(whole["annotations"]) - (
+        of_first if lost else 1
+    )
+    after = contents(folder)
+    del after["output/datasets/own_train.json"]
+    assert after == before
+
+
+def test_keypoints_must_be_named_and_of_one_length(folder: Path) -> None:
+    def parse() -> argparse.Namespace:
+        return argument_parser().parse_args(train(*OWN, *KEYPOINTS, "OUTPUT_DIR", "output"))
+
+    args = parse()
+    with pytest.raises(ValueError, match="cannot be used"):
+        own_data(load_config(args.config_file, args.opts), args)
+
+    def add(content: dict[str, Any]) -> None:
+        for category in content["categories"]:
+            category["keypoints"] = ["nose", "tail"]
+        for annotation in content["annotations"]:
+            annotation["keypoints"] = [1, 1, 2, 2, 2, 2]
+        content["annotations"][0]["keypoints"] = [1, 1, 2, 2, 2]
+        content["annotations"][1]["keypoints"] = []
+
+    damage_own(add)
+    report = own_data(load_config(args.config_file, args.opts), args).reports["own_train"]
+    found = {finding.kind: finding.count for finding in report.findings}
+    assert found["bad_keypoints"] == 1 and found["no_keypoints"] == 1
+    damage_own(lambda content: content["categories"][0].update(keypoints=["nose"]))
+    with pytest.raises(ValueError, match="cannot be used"):
+        own_data(load_config(args.config_file, args.opts), args)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1", "I;16"])
+def test_pictures_of_all_kinds_are_good(mode: str, folder: Path) -> None:
+    """They are found good, and are read in training."""
+    picture = Image.open("pictures/000001.png")
+    name = "other.jpg" if mode == "CMYK" else "other.png"
+    picture = Image.new("I;16", picture.size) if mode == "I;16" else picture.convert(mode)
+    picture.save(f"pictures/{name}")
+    damage_own(first_image(file_name=name))
+    args = argument_parser().parse_args(train(*OWN, "OUTPUT_DIR", "output"))
+    cfg = load_config(args.config_file, args.opts)
+    own = own_data(cfg, args)
+    # Few pictures do not show all classes.
+    assert {finding.kind for finding in own.reports["own_train"].findings} <= {"unused_category"}
+    own.configure(cfg)
+    read = NamingMapper(cfg, is_train=False)(DatasetCatalog.get("own_train")[0])
+    assert read["image"].shape[0] == 3
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_picture_that_breaks_in_training_is_named(
+    workers: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its header is good: only reading it shows that it is cut."""
+    for path in Path("pictures").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    done = process(
+        "train_net",
+        *train(*OWN, "OUTPUT_DIR", "new", "DATALOADER.NUM_WORKERS", workers, "SEED", "1"),
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    said = "train_net.py: error: Training stopped at iteration 0. 'pictures/00000"
+    assert last.startswith(said) and "truncated" in last
+    assert not list(Path("new").glob("*.pth"))
+
+
+# The other command lines: tool, arguments, what is said.
+LOOK = ["--config-file", str(PROJECT / "configs" / LAMPS), "--output", "output"]
+LAZY = ["--config-file", str(PROJECT / "configs" / "lazy" / "mask_rcnn_R50_NL.py")]
+ANALYZE = ["--config-file", str(PROJECT / "configs" / LAMPS)]
+SEE = ["--input", "good.png", *LOOK]
+TOOLS: dict[str, tuple[str, list[str], list[str]]] = {
+    "look: no input": ("visualize_attention", LOOK, ["--input"]),
+    "look: no output": ("visualize_attention", ["--input", "good.png"], ["--output"]),
+    "look: an input that matches nothing": (
+        "visualize_attention",
+        [*LOOK, "--input", "output"],
+        ["No images", "output"],
+    ),
+    "look: a point": ("visualize_attention", [*SEE, "--point", "3;4"], ["3;4", "X,Y"]),
+    "look: a block": ("visualize_attention", [*SEE, "--block", "res9"], ["res9", "res4.nl0"]),
+    "look: an output that is a file": (
+        "visualize_attention",
+        [*LOOK[:2], "--input", "good.png", "--output", "a_file"],
+        ["--output", "a_file"],
+    ),
+    "look: weights cut": (
+        "visualize_attention",
+        [*SEE, "--weights", "cut.pth"],
+        ["cut.pth", "cannot be read"],
+    ),
+    "look: weights of another model": (
+        "visualize_attention",
+        [*SEE, "--weights", "other.pth"],
+        ["other.pth", "another model"],
+    ),
+    "look: no blocks": (
+        "visualize_attention",
+        [*SEE, "MODEL.NONLOCAL.POSITIONS", "()"],
+        ["MODEL.NONLOCAL.POSITIONS"],
+    ),
+    "measure: a dataset": (
+        "measure_attention",
+        [*LOOK, "--dataset", "lamp_val"],
+        ["lamp_val", "lamps_val"],
+    ),
+    "measure: no image": ("measure_attention", [*LOOK, "--images", "0"], ["--images"]),
+    "measure: no number": ("measure_attention", [*LOOK, "--queries", "many"], ["--queries"]),
+    "analyze: no file": ("analyze_model", ["--config-file", "no.yaml"], ["no.yaml"]),
+    "analyze: no LazyConfig": ("analyze_model", ["--config-file", "no.py"], ["no.py"]),
+    "analyze: a broken LazyConfig": (
+        "analyze_model",
+        ["--config-file", "broken.py"],
+        ["broken.py"],
+    ),
+    "analyze: a size": ("analyze_model", [*ANALYZE, "--size", "0", "9"], ["--size", "at least 1"]),
+    "analyze: depth": ("analyze_model", [*ANALYZE, "MODEL.RESNETS.DEPTH", "51"], ["51"]),
+    "analyze: an output that is below a file": (
+        "analyze_model",
+        [*ANALYZE, "--json", "a_file/figures.json"],
+        ["--json", "a_file"],
+    ),
+    "benchmark: a shape": ("benchmark", ["--shape", "512"], ["512"]),
+    "benchmark: a threads' number": ("benchmark", ["--threads", "0"], ["--threads"]),
+    "benchmark: a GPU": ("benchmark", ["--device", "tpu"], ["tpu", "cuda"]),
+    "benchmark: a model": ("benchmark", ["--config-file", "no.yaml"], ["no.yaml"]),
+    "benchmark: an output that is a file": ("benchmark", ["--output", "a_file"], ["a_file"]),
+    "lazy: no file": ("lazyconfig_train_net", ["--config-file", "no.py"], ["no.py"]),
+    "lazy: broken": ("lazyconfig_train_net", ["--config-file", "broken.py"], ["broken.py"]),
+    "lazy: YAML": ("lazyconfig_train_net", ["--config-file", "key.yaml"], ["key.yaml"]),
+    "lazy: KEY VALUE": (
+        "lazyconfig_train_net",
+        [*LAZY, "train.max_iter", "3"],
+        ["train.max_iter 3", "KEY=VALUE"],
+    ),
+    "lazy: an unknown key": (
+        "lazyconfig_train_net",
+        [*LAZY, "train.max_itr=3"],
+        ["train.max_itr", "max_iter"],
+    ),
+    "lazy: a dataset": (
+        "lazyconfig_train_net",
+        [*LAZY, "dataloader.train.dataset.names=lamp_train"],
+        ["lamp_train"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_other_tools_end_likewise(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, arguments, said = TOOLS[name]
+    before = contents(folder)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    sentence = ends_with(
+        lambda: runpy.run_path(str(tool_path(script)), run_name="__main__"), capsys
+    )
+    assert all(part in sentence for part in said), sentence
+    assert "\n" not in sentence and len(sentence) < 500
+    assert contents(folder) == before
+
+
+def process(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / f"{name}.py")]
+    return subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DETECTRON2_DATASETS": "."},
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["configuration: an unknown key", "weights: cut", "output: below a file"]
+)
+def test_processes_end_with_that_sentence_and_an_exit_status(name: str, folder: Path) -> None:
+    (flag, config, *options), said = TRAIN[name]
+    before = contents(folder)
+    done = process("train_net", flag, config, *OWN, *options)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert all(part in done.stderr.strip().splitlines()[-1] for part in said)
     assert contents(folder) == before

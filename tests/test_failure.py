@@ -16,7 +16,7 @@ import torch
 from tiny_training import Place, limit
 
 from nonlocal_det.engine.checkpoint import is_whole
-from nonlocal_det.engine.files import whole_file
+from nonlocal_det.files import whole_file
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from tiny_models import assert_same
 from tiny_training import DATASET, Place
 
 from nonlocal_det.engine.checkpoint import is_whole
-from nonlocal_det.engine.files import BESIDE
 from nonlocal_det.engine.record import commit_of
 from nonlocal_det.engine.resume import cut_metrics
+from nonlocal_det.files import BESIDE
 
 PROJECT = Path(__file__).parents[1]
 

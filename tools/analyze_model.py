@@ -14,17 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from typing import Any, Optional
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from detectron2.utils.analysis import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 
-from nonlocal_det.config import load_config
+from nonlocal_det.config import load_config, load_lazy_config
 from nonlocal_det.engine import one_sentence_errors
+from nonlocal_det.files import check_folder
 from nonlocal_det.layers import NonLocalBase
+from nonlocal_det.modeling.checks import build_without_memory
 
 
 def analyze(model: torch.nn.Module, size: tuple[int, int]) -> dict[str, Any]:
@@ -113,12 +116,13 @@ def build(config_file: str, options: list[str]) -> torch.nn.Module:
         ValueError: for a wrong key, value or position.
     """
     if config_file.endswith(".py"):
-        cfg = LazyConfig.apply_overrides(LazyConfig.load(config_file), options)
+        cfg = load_lazy_config(config_file, options)
         cfg.model.proposal_generator.nms_thresh = 1.0
         cfg.model.roi_heads.box_predictor.update(test_score_thresh=0.0, test_nms_thresh=1.0)
         return instantiate(cfg.model)
     cfg = load_config(config_file, options)
     cfg.MODEL.DEVICE = "cpu"
+    build_without_memory(cfg)  # says what is wrong
     cfg.MODEL.RPN.NMS_THRESH = 1.0
     for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
         node.SCORE_THRESH_TEST, node.NMS_THRESH_TEST = 0.0, 1.0
@@ -151,6 +155,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
     options = parse_arguments(arguments)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     with one_sentence_errors():
+        if options.json:
+            check_folder(os.path.dirname(options.json) or ".", "The folder of --json")
         found = analyze(build(options.config_file, options.opts), tuple(options.size))
         print(f"{options.config_file}, {options.size[0]} x {options.size[1]} pixels")
         print(table(found))

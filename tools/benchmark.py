@@ -38,6 +38,7 @@ import whole_model
 from torch import Tensor
 
 from nonlocal_det.engine import one_sentence_errors
+from nonlocal_det.files import check_folder
 from nonlocal_det.layers import PAIRWISE, NonLocalBlock
 from nonlocal_det.layers.pairwise import (
     concatenation_attention,
@@ -442,6 +443,9 @@ def parse_arguments(arguments: Optional[list[str]] = None) -> argparse.Namespace
 def main() -> None:
     """Measure, print, write."""
     options = parse_arguments()
+    if options.output:
+        with one_sentence_errors():
+            check_folder(options.output)
     found = machine(options.device, options.threads)
     print(", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
     if options.device == "cpu" and found["load"] > 0.5:

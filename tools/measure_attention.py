@@ -25,9 +25,10 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 
 from nonlocal_det.attention import AttentionRecorder
-from nonlocal_det.attention.command import add_arguments, check_folder, load_cfg
+from nonlocal_det.attention.command import add_arguments, load_cfg
 from nonlocal_det.attention.dependence import Dependence, mean, measure, plot, write_table
 from nonlocal_det.engine import check_dataset, one_sentence_errors
+from nonlocal_det.files import check_folder
 
 
 def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -39,7 +40,10 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--dataset", help="by default the first of DATASETS.TEST")
     parser.add_argument("--images", type=int, default=100, help="how many, at most (default 100)")
     parser.add_argument("--queries", type=int, default=64, help="in each image (default 64)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if min(options.images, options.queries) < 1:
+        parser.error("--images and --queries must be at least 1.")
+    return options
 
 
 def measure_dataset(cfg: CfgNode, dataset: str, images: int, queries: int) -> dict[str, Dependence]:

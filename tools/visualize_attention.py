@@ -37,7 +37,7 @@ from nonlocal_det.attention import (
     point_over,
     save_figure,
 )
-from nonlocal_det.attention.command import add_arguments, check_folder, load_cfg
+from nonlocal_det.attention.command import add_arguments, load_cfg
 from nonlocal_det.attention.pictures import (
     find_files,
     is_video,
@@ -46,6 +46,7 @@ from nonlocal_det.attention.pictures import (
     video_writer,
 )
 from nonlocal_det.engine import one_sentence_errors
+from nonlocal_det.files import check_folder
 
 FRAME = 480  # pixels of the longer side of each panel of a video
 

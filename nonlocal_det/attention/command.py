@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 
 import torch
 from detectron2.config import CfgNode
 
 from ..config import load_config
+from ..modeling.checks import build_without_memory, check_device, check_weights
 
 _PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _DEMO_CONFIG = os.path.join(_PROJECT, "configs", "lamps_mask_rcnn_R18_NL.yaml")
@@ -42,8 +42,6 @@ def load_cfg(args: argparse.Namespace) -> CfgNode:
                 f"There is no {os.path.relpath(weights)}: run tools/demo.py first, or name a model "
                 f"with --config-file and --weights."
             )
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise FileNotFoundError(f"There are no weights {weights!r}.")
     if not cfg.MODEL.NONLOCAL.POSITIONS:
         raise ValueError(
             "The model has no non-local blocks to look at: MODEL.NONLOCAL.POSITIONS is empty."
@@ -51,15 +49,6 @@ def load_cfg(args: argparse.Namespace) -> CfgNode:
     cfg.MODEL.WEIGHTS = weights
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    check_device(cfg.MODEL.DEVICE)
+    check_weights(weights, build_without_memory(cfg), evaluates=True)
     return cfg
-
-
-def check_folder(folder: str) -> None:
-    """Make the folder, and see that files can be written there.
-
-    Raises:
-        OSError: if not.
-    """
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass

@@ -274,8 +274,8 @@ def _read(report: Report) -> Optional[dict[str, Any]]:
         return None
     if not isinstance(content, dict):
         what = f"a list of {len(content)}" if isinstance(content, list) else "a single value"
-        if isinstance(content, list) and content and "score" in content[0]:
-            what = "detections, COCO's format of results"
+        if what != "a single value" and all(isinstance(entry, dict) for entry in content[:1]):
+            what += ", as files of COCO's results do"
         report.add("not_a_dataset", [f"it holds {what}"])
         return None
     parts = ("images", "annotations", "categories")

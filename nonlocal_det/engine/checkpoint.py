@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from detectron2.utils.file_io import PathManager
 
+from ..files import BESIDE, whole_file
 from ..modeling.checkpoint import NonLocalCheckpointer
-from .files import BESIDE, whole_file
 
 
 class WholeCheckpointer(NonLocalCheckpointer):

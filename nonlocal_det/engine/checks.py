@@ -1,26 +1,19 @@
-"""What can be seen before a run starts: that data, device, model, weights and folder will do."""
+"""What can be seen before a run starts: all that would stop it once it has begun to write."""
 
 from __future__ import annotations
 
 import difflib
-import logging
 import os
-import tempfile
-import traceback
-import warnings
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
 import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
+from ..files import check_folder
 from ..layers.base import check_count
-from ..modeling.checkpoint import Fit, NonLocalCheckpointer
+from ..modeling.checks import build_without_memory, check_device, check_weights, said_by
 from .own_data import TRAIN, VAL
 from .processes import process_count
 from .step import mixed_precision
@@ -40,11 +33,12 @@ def check_run(cfg: CfgNode, args: Namespace, device: str) -> None:
     check_device(device)
     if not args.eval_only:
         _check_solver(cfg, process_count(args), device)
-    model = rehearse(cfg)
+    model = build_without_memory(cfg)
+    _build_solver(cfg, model)
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if not (args.resume and os.path.exists(last)):
         check_weights(cfg.MODEL.WEIGHTS, model, evaluates=args.eval_only)
-    check_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+    check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
 
 
 def _check_solver(cfg: CfgNode, processes: int, device: str) -> None:
@@ -55,6 +49,18 @@ def _check_solver(cfg: CfgNode, processes: int, device: str) -> None:
     pictures = Trainer.auto_scale_workers(cfg, processes).SOLVER.IMS_PER_BATCH
     passes = {"SOLVER.ACCUMULATION_STEPS": solver.ACCUMULATION_STEPS}
     check_batch({"SOLVER.IMS_PER_BATCH": pictures}, passes, processes)
+
+
+def _build_solver(cfg: CfgNode, model: nn.Module) -> None:
+    optimizer = Trainer.build_optimizer(cfg, model)
+    try:
+        Trainer.build_lr_scheduler(cfg, optimizer)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"The schedule of SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME!r}, STEPS "
+            f"{cfg.SOLVER.STEPS} and MAX_ITER {cfg.SOLVER.MAX_ITER} cannot be built: "
+            f"{said_by(error)}."
+        ) from error
 
 
 def check_batch(pictures: dict[str, int], passes: dict[str, int], processes: int) -> None:
@@ -100,147 +106,3 @@ def check_dataset(name: str) -> None:
                 f"datasets is given by the environment variable DETECTRON2_DATASETS, now "
                 f"{os.environ.get('DETECTRON2_DATASETS', 'datasets')!r}."
             )
-
-
-def check_device(name: str) -> None:
-    """See that a device is there.
-
-    Raises:
-        ValueError: if not.
-    """
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        gpus = torch.cuda.device_count()
-        have = ", ".join(["'cpu'", *(f"'cuda:{gpu}'" for gpu in range(gpus))])
-        raise ValueError(
-            f"MODEL.DEVICE is {name!r}, which is not on this machine; there is {have}."
-        ) from error
-
-
-def rehearse(cfg: CfgNode) -> nn.Module:
-    """Build the model, its optimiser and its schedule, without the memory for them.
-
-    Raises:
-        ValueError: with what keeps detectron2 from building them.
-    """
-    cfg = cfg.clone()
-    cfg.defrost()
-    # A model that reads numbers of its own while it is built needs them: it is built for real.
-    for cfg.MODEL.DEVICE in ("meta", "cpu"):
-        try:
-            with torch.device(cfg.MODEL.DEVICE), _quietly():
-                model = build_model(cfg)
-                optimizer = Trainer.build_optimizer(cfg, model)
-                _rehearse_schedule(cfg, optimizer)
-            return model
-        except ValueError:
-            raise
-        except Exception as error:
-            failure = error
-    frames = traceback.extract_tb(failure.__traceback__)
-    where = [frame for frame in frames if f"{os.sep}detectron2{os.sep}" in frame.filename][-1:]
-    place = f", at `{where[0].line}` in {os.path.basename(where[0].filename)}" if where else ""
-    raise ValueError(
-        f"The model of this configuration cannot be built: {_said(failure)}{place}."
-    ) from failure
-
-
-def _rehearse_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> None:
-    try:
-        Trainer.build_lr_scheduler(cfg, optimizer)
-    except (ValueError, AssertionError) as error:
-        raise ValueError(
-            f"The schedule of SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME!r}, STEPS "
-            f"{cfg.SOLVER.STEPS} and MAX_ITER {cfg.SOLVER.MAX_ITER} cannot be built: "
-            f"{_said(error)}."
-        ) from error
-
-
-def check_weights(path: str, model: nn.Module, *, evaluates: bool) -> None:
-    """See that a checkpoint on this machine can be read and fits a model.
-
-    Args:
-        path: ``MODEL.WEIGHTS``; an address elsewhere is left to the run.
-        model: loads it, so far as it has memory.
-        evaluates: whether the model must be whole afterwards, but for new blocks.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, if nothing of it fits, or if the model would not be whole.
-    """
-    if not path or "://" in path:
-        return
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"MODEL.WEIGHTS is {path!r}, which is not a file.")
-    with _quietly():
-        fit = _load(path, model)
-    # torch makes up the counters where a checkpoint has none.
-    if all(name.endswith("num_batches_tracked") for name in fit.loaded):
-        raise ValueError(
-            f"Nothing of MODEL.WEIGHTS {path!r} fits this model, by name and shape: it is of "
-            f"another model ({_few(fit.unexpected | fit.misshaped)}); this one has "
-            f"{_few(model.state_dict().keys())}"
-        )
-    lacking = [*fit.misshaped, *fit.missing]
-    if evaluates and lacking:
-        raise ValueError(
-            f"MODEL.WEIGHTS {path!r} is of another model: {len(lacking)} tensors of this model are "
-            f"not in it, or of another shape ({_few(lacking)}), and evaluating random ones means "
-            f"nothing."
-        )
-
-
-def _load(path: str, model: nn.Module) -> Fit:
-    checkpointer = NonLocalCheckpointer(model, save_to_disk=False)
-    try:
-        checkpointer.load(path, checkpointables=[])
-        return checkpointer.fit
-    except Exception as error:  # pickle and torch raise errors of any kind
-        raise ValueError(
-            f"MODEL.WEIGHTS {path!r} cannot be read as a checkpoint of torch (.pth) or of "
-            f"detectron2 (.pkl): {_said(error)}."
-        ) from error
-
-
-def check_folder(key: str, path: str) -> None:
-    """Make a folder and see that it can be written to; an address elsewhere is left to the run.
-
-    Raises:
-        OSError: if it cannot.
-    """
-    if "://" in path:
-        return
-    try:
-        os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        said = "it is a file" if os.path.isfile(path) else error.strerror
-        raise OSError(
-            f"{key} is {path!r}, where nothing can be written ({said}); give another folder."
-        ) from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """What is said here will be said again by the run."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _said(error: Exception) -> str:
-    """An error's kind and its first sentence."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    first = text.strip().partition("\n")[0].partition(". ")[0].rstrip(".")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def _few(names: object) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "") or "nothing"

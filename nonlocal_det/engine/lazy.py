@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from argparse import Namespace
 from collections.abc import Iterable
@@ -11,15 +10,17 @@ from typing import Any, Optional, Union
 import detectron2.utils.comm as comm
 import torch
 import torch.nn as nn
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from ..config import load_lazy_config
+from ..files import check_folder
+from ..modeling.checks import check_device
 from .checkpoint import WholeCheckpointer
-from .checks import check_batch, check_dataset, check_folder
+from .checks import check_batch, check_dataset
 from .failure import FailureGuard
 from .processes import device_of, for_all_processes, process_count
 from .record import add_to_record, choose_seed
@@ -46,7 +47,7 @@ def setup(args: Namespace) -> DictConfig:
     asked, cfg.train.device = cfg.train.device, device
     folder = cfg.train.output_dir
     if not args.eval_only:
-        cfg.train.seed = choose_seed(cfg.train.get("seed", -1), folder, args.resume)
+        cfg.train.seed = choose_seed(cfg.train.seed, folder, args.resume)
     default_setup(cfg, args)
     if not args.eval_only:
         add_to_record(folder, seed=cfg.train.seed, resume=args.resume)
@@ -63,41 +64,24 @@ def checked_config(args: Namespace) -> Checked:
         ValueError: for an override that cannot be read, a dataset name that does not exist, a
             batch that cannot be divided, or processes that cannot be started.
     """
-    cfg = _load(args.config_file, args.opts)
+    cfg = load_lazy_config(args.config_file, args.opts)
     data = cfg.dataloader
     for loader in (data.test,) if args.eval_only else (data.train, data.test):
         for name in _names(loader.dataset.names):
             check_dataset(name)
     device = device_of(cfg.train.device, "train.device=cpu", args)
+    check_device(device, "train.device")
     _precision(cfg, device)
     if not args.eval_only:
         pictures = {"dataloader.train.total_batch_size": data.train.total_batch_size}
-        passes = {"train.accumulation_steps": _passes(cfg)}
+        passes = {"train.accumulation_steps": cfg.train.accumulation_steps}
         check_batch(pictures, passes, process_count(args))
-    check_folder("train.output_dir", cfg.train.output_dir)
+    check_folder(cfg.train.output_dir, "train.output_dir")
     return Checked(cfg, device)
-
-
-def _load(config_file: str, overrides: list[str]) -> DictConfig:
-    if not os.path.isfile(config_file):
-        raise FileNotFoundError(f"There is no configuration file {config_file!r}.")
-    cfg = LazyConfig.load(config_file)
-    try:
-        return LazyConfig.apply_overrides(cfg, overrides)
-    except (HydraException, KeyError) as error:
-        raise ValueError(
-            f"The overrides {' '.join(overrides)!r} cannot be read; each is KEY=VALUE, as in "
-            f"train.max_iter=1000. {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _names(names: Union[str, Iterable[str]]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
-
-
-def _passes(cfg: DictConfig) -> int:
-    """As ``SOLVER.ACCUMULATION_STEPS``."""
-    return cfg.train.get("accumulation_steps", 1)
 
 
 def _precision(cfg: DictConfig, device: str) -> Optional[torch.dtype]:
@@ -105,7 +89,7 @@ def _precision(cfg: DictConfig, device: str) -> Optional[torch.dtype]:
     amp = cfg.train.amp
     if not amp.enabled:
         return None
-    return mixed_precision("train.amp.dtype", amp.get("dtype", "float16"), device)
+    return mixed_precision("train.amp.dtype", amp.dtype, device)
 
 
 class LazyTrainer(Step):
@@ -118,7 +102,7 @@ class LazyTrainer(Step):
             model,
             self.build_train_loader(cfg),
             instantiate(cfg.optimizer),
-            passes=_passes(cfg),
+            passes=cfg.train.accumulation_steps,
             precision=_precision(cfg, cfg.train.device),
         )
         self.cfg = cfg

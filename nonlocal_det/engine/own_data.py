@@ -20,7 +20,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
 from ..data.check import Report, check_coco, compare
-from .files import whole_file
+from ..files import whole_file
 
 # Names under which detectron2 knows the sets given on the command line.
 TRAIN, VAL = "own_train", "own_val"

@@ -6,6 +6,7 @@ from typing import Any
 
 from detectron2.data import DatasetMapper
 
+from ..modeling.checks import said_by
 from .failure import RunFailure
 
 
@@ -31,8 +32,7 @@ class NamingMapper(DatasetMapper):
         except MemoryError:
             raise
         except Exception as error:
-            said = str(error).strip().partition("\n")[0].rstrip(".")
             raise PictureError(
                 f"{dataset_dict['file_name']!r} or what is annotated on it cannot be used: "
-                f"{said or type(error).__name__}. tools/train_net.py --check says what else."
+                f"{said_by(error)}. tools/train_net.py --check says what else."
             ) from error

@@ -19,7 +19,7 @@ import torchvision
 
 import nonlocal_det
 
-from .files import whole_file
+from ..files import whole_file
 
 NAME = "run.json"
 

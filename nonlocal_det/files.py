@@ -1,14 +1,34 @@
-"""Files that are whole at any moment, whatever ends the program."""
+"""Files that are whole at any moment, whatever ends the program, and folders to write them to."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 BESIDE = ".tmp"  # ends the name of a file that is being written
+
+
+def check_folder(path: str, option: str = "--output") -> None:
+    """Make a folder and see that it can be written to; an address elsewhere is left to the run.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    if "://" in path:
+        return
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        said = "it is a file" if os.path.isfile(path) else error.strerror
+        raise OSError(
+            f"{option} is {path!r}, where nothing can be written ({said}); give another folder."
+        ) from error
 
 
 @contextmanager

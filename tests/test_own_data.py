@@ -8,6 +8,7 @@ images compared by name alone.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nonlocal_det.data.check import check_coco, compare, image_size
+from nonlocal_det.data.check import KINDS, check_coco, compare, image_size
 from nonlocal_det.data.coco import annotation_file, image_folder, write_dataset
 from nonlocal_det.engine.own_data import flip_map
 
@@ -219,3 +220,10 @@ def test_sizes_are_those_seen(tmp_path: Path, orientation: int, size: tuple[int,
 def test_left_and_right_change_places() -> None:
     names = ["nose", "left_eye", "right_eye", "Left-Ear", "Right-Ear", "left_wing"]
     assert flip_map(names) == [("left_eye", "right_eye"), ("Left-Ear", "Right-Ear")]
+
+
+def test_the_manual_lists_every_kind() -> None:
+    """docs/data.md says of each kind what this code does."""
+    manual = (PROJECT / "docs" / "data.md").read_text()
+    rows = set(re.findall(r"^\| (.+?) \| (.+?) \|", manual, flags=re.MULTILINE))
+    assert {(kind.what, kind.severity) for kind in KINDS.values()} <= rows

@@ -78,12 +78,12 @@ KINDS = {
         "all but the name are whole numbers",
     ),
     "same_image_id": Kind(STOPS, "image ids given twice", "give each image its own"),
-    "missing_image": Kind(LEFT_OUT, "images whose file does not exist", "with their annotations"),
+    "missing_image": Kind(LEFT_OUT, "images whose file does not exist", "so are their annotations"),
     "unreadable_image": Kind(
-        LEFT_OUT, "images whose file cannot be read", "with their annotations"
+        LEFT_OUT, "images whose file cannot be read", "so are their annotations"
     ),
     "other_size": Kind(
-        LEFT_OUT, "images of another size than the JSON says", "with their annotations"
+        LEFT_OUT, "images of another size than the JSON says", "so are their annotations"
     ),
     "same_file": Kind(NOTE, "images whose file is another's too", "both stay"),
     "without_annotations": Kind(
@@ -108,7 +108,7 @@ KINDS = {
     "bad_polygon": Kind(
         LEFT_OUT,
         "polygons with fewer than 3 points, an odd number of coordinates, or no numbers",
-        "and the annotation, if it has no other",
+        "so is the annotation, if it has no other",
     ),
     "bad_rle": Kind(
         LEFT_OUT, "masks whose RLE is not of the image's size", "size is [height, width]"
@@ -117,12 +117,12 @@ KINDS = {
         LEFT_OUT, "annotations without a mask, among others with one", "the model learns masks"
     ),
     "bad_keypoints": Kind(
-        LEFT_OUT, "keypoints that are not x, y, visibility for each name", "the annotation too"
+        LEFT_OUT, "keypoints that are not x, y, visibility for each name", "so is the annotation"
     ),
-    "no_keypoints": Kind(FILLED_IN, "annotations without keypoints", "none is visible"),
-    "num_keypoints": Kind(FILLED_IN, "num_keypoints missing or wrong", "counted"),
-    "no_area": Kind(FILLED_IN, "annotations without area", "that of the box"),
-    "no_crowd": Kind(FILLED_IN, "annotations without iscrowd", "0"),
+    "no_keypoints": Kind(FILLED_IN, "annotations without keypoints", "none is visible then"),
+    "num_keypoints": Kind(FILLED_IN, "num_keypoints missing or wrong", "they are counted"),
+    "no_area": Kind(FILLED_IN, "annotations without area", "with that of the box"),
+    "no_crowd": Kind(FILLED_IN, "annotations without iscrowd", "with 0"),
     "id_zero": Kind(
         NOTE, "annotations with the id 0", "COCO's evaluation counts it as not found: start at 1"
     ),
@@ -146,7 +146,7 @@ class Finding:
         _, what, remedy = KINDS[self.kind]
         shown = ", ".join(self.examples) + (", ..." if self.count > len(self.examples) else "")
         said = f"{what}: {shown}" if shown else what
-        return f"  {self.severity:<9} {self.count:>7,}  {said} ({remedy})"
+        return f"  {self.severity:<9} {self.count:>7,}  {said}; {remedy}"
 
 
 @dataclass
@@ -159,6 +159,7 @@ class Report:
         findings: what is wrong, a kind each.
         content: the dataset without what cannot be used, and with what was missing; its parts are
             empty as far as the file could not be understood.
+        given: how many images and annotations the file has.
         keypoints: the names of the keypoints, where they are used.
     """
 
@@ -168,6 +169,7 @@ class Report:
     content: dict[str, Any] = field(
         default_factory=lambda: {"images": [], "annotations": [], "categories": []}
     )
+    given: dict[str, int] = field(default_factory=dict)
     keypoints: list[str] = field(default_factory=list)
 
     def add(
@@ -194,15 +196,16 @@ class Report:
         categories = sorted(self.content["categories"], key=lambda category: category["id"])
         return [category["name"] for category in categories]
 
+    def _count(self, part: str) -> str:
+        left = len(self.content[part])
+        given = self.given.get(part, left)
+        return f"{left:,} {'' if left == given else f'of {given:,} '}{part}"
+
     def __str__(self) -> str:
-        counts = ", ".join(
-            f"{len(self.content[part]):,} {part if len(self.content[part]) != 1 else part[:-1]}"
-            for part in ("images", "annotations")
-        )
+        counts = ", ".join(self._count(part) for part in ("images", "annotations"))
         names = self.classes
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        kinds = f"{len(names)} class{'es' if len(names) != 1 else ''}"
-        head = f"{self.json_file} with {self.image_folder}: {counts}, {kinds}"
+        head = f"{self.json_file} with {self.image_folder}: {counts}, {len(names)} classes"
         order = (STOPS, LEFT_OUT, FILLED_IN, NOTE)
         ordered = sorted(self.findings, key=lambda finding: order.index(finding.severity))
         return "\n".join([head + (f" ({shown})" if names else ""), *map(str, ordered)])
@@ -225,6 +228,7 @@ def check_coco(
         report.add("no_folder", [image_folder])
     if content is None:
         return report
+    report.given = {part: len(content[part]) for part in ("images", "annotations")}
     # Each check looks at all entries that it can understand, so that none hides another's findings.
     content["categories"] = _check_categories(report, content["categories"], keypoints)
     images = _check_images(report, content["images"])

@@ -183,7 +183,7 @@ def test_blocks_have_a_mask_during_a_call_and_where_something_is_padded(model):
         expected = torch.zeros(1, 96 // stride, 64 // stride, dtype=torch.bool)
         expected[:, :rows, :columns] = True
         assert torch.equal(masks[name], expected)
-    assert all(block.image_mask is None for block in blocks_of(model).values())
+    assert all(block.image_mask.numel() == 0 for block in blocks_of(model).values())
 
 
 def test_only_the_end_of_an_image_is_padding():

@@ -33,6 +33,7 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _NORMS = ("", "BN", "SyncBN", "GN")
 _INITS = ("he", "gaussian")
+NO_MASK = torch.zeros(0, dtype=torch.bool)  # TorchScript wants a tensor where there can be one
 
 
 def choose(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -176,16 +177,13 @@ class NonLocalBase(nn.Module):
         out_groups: channel groups of the output convolution.
 
     Attributes:
-        image_mask: boolean (B, H, W) at the resolution of the images, or None. Whoever runs the
-            block where no mask can be passed, as in an ``nn.Sequential``, sets it for that time.
+        image_mask: boolean (B, H, W) at the resolution of the images, or `NO_MASK`. Whoever runs
+            the block where no mask can be passed, as in an ``nn.Sequential``, sets it for the time.
 
     Raises:
         ValueError: for a value that is not a choice, with the choices; for a norm whose gamma
             cannot learn.
     """
-
-    # What TorchScript is to take the attribute for; it reads no annotation that is a string.
-    __annotations__ = {"image_mask": Optional[Tensor]}
 
     def __init__(
         self,
@@ -207,7 +205,7 @@ class NonLocalBase(nn.Module):
         self.dims = dims
         self.inner_channels = inner
         self.frozen = False
-        self.image_mask = None
+        self.image_mask = NO_MASK
         self.norm = make_norm(norm, channels, dims)
         # No bias under a norm: the norm has its own.
         bias = isinstance(self.norm, nn.Identity)
@@ -283,9 +281,8 @@ class NonLocalBase(nn.Module):
 
     def mask_of(self, x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
         """The mask (B, *S) with which `forward` runs when it is called with these."""
-        image_mask = self.image_mask
-        if mask is None and image_mask is not None:
-            return at_resolution(image_mask, x)
+        if mask is None and self.image_mask.dim() == 3:
+            return at_resolution(self.image_mask, x)
         return mask
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:

@@ -16,8 +16,7 @@ padding as far as their kernels reach, as in detectron2's own models.
 
 from __future__ import annotations
 
-from typing import Optional
-
+import torch
 from detectron2.modeling import Backbone
 from torch import Tensor
 
@@ -50,10 +49,9 @@ def _hand_out(self: Backbone, inputs: tuple[Tensor]) -> None:
     inside = inside_images(inputs[0])
     # Without padding, the kernels without a mask; but a recording is of images with and without.
     padded = is_recorded() or not bool(inside.all())
-    mask: Optional[Tensor] = inside if padded else None
     for module in self.modules():
         if hasattr(module, "image_mask"):
-            module.image_mask = mask
+            module.image_mask = inside if padded else inside.new_zeros(0)
 
 
 def _take_back(
@@ -61,5 +59,5 @@ def _take_back(
 ) -> dict[str, Tensor]:
     for module in self.modules():
         if hasattr(module, "image_mask"):
-            module.image_mask = None
+            module.image_mask = inputs[0].new_zeros(0, dtype=torch.bool)
     return outputs

@@ -9,12 +9,15 @@ eager and scripted blocks choose different kernels when they learn, and results 
 which some of the tests do not allow.) Ends with 1 if a test passes for the stock one only.
 
 What the tests would download is made here, the same for both runs: weights of the stock model's
-names and shapes, and a picture. This file is also the plugin for pytest that does all this.
+names and shapes, and a picture. And ONNX is exported by the exporter that the tests were written
+for, no longer PyTorch's default. This file is also the plugin for pytest that does all this.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -43,6 +46,7 @@ def run(checkout: Path, files, mode: str, folder: Path) -> dict:
     environment = {**os.environ, MODE: mode, FOLDER: str(folder)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "--rootdir", "."]
+    command += ["-p", "upstream", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     # Copied: a checkout's own detectron2 folder, not compiled, would hide the one installed.
     copied = folder / "checkout"
     if not copied.exists():
@@ -50,7 +54,15 @@ def run(checkout: Path, files, mode: str, folder: Path) -> dict:
         (copied / "tests").symlink_to(checkout / "tests")
     with open(folder / f"{mode}.log", "w", encoding="utf-8") as log:
         subprocess.run(
-            [*command, "-p", "upstream", "-p", "no:cacheprovider", *files],
+            [
+                *command,
+                "-p",
+                "upstream",
+                "-p",
+                "no:cacheprovider",
+                "--continue-on-collection-errors",
+                *files,
+            ],
             cwd=copied,
             env=environment,
             stdout=log,
@@ -77,6 +89,7 @@ def passed(result: dict) -> set[str]:
 def pytest_configure(config):
     if MODE in os.environ:
         _make_downloads_here(Path(os.environ[FOLDER]))
+        _export_as_before()
         if os.environ[MODE] != "stock":
             _replace_backbones()
 
@@ -106,6 +119,14 @@ def _make_downloads_here(folder: Path) -> None:
             return _picture(folder) if picture else _weights(folder, path[len(ZOO) :])
 
     PathManager.register_handler(MadeHere())
+
+
+def _export_as_before() -> None:
+    import torch
+
+    with contextlib.suppress(ImportError):
+        import onnx.version  # noqa: F401  Used without being imported.
+    torch.onnx.export = functools.partial(torch.onnx.export, dynamo=False)
 
 
 def _picture(folder: Path) -> str:

@@ -53,7 +53,7 @@ TOLERANCE = 1e-3  # of the largest number of each output
 def main(argv: list[str] | None = None) -> None:
     """Export as the arguments say; ends with one sentence where that is not possible."""
     args = parse(argv)
-    logger = setup_logger(name="nonlocal_det")
+    setup_logger()
     with one_sentence_errors():
         if (args.format, args.export_method) == ("onnx", "scripting"):
             raise ValueError("ONNX is exported by tracing: use --export-method tracing.")
@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> None:
         os.makedirs(args.output, exist_ok=True)
         path = os.path.join(args.output, "model.onnx" if args.format == "onnx" else "model.ts")
         exported = export(model, image, args.export_method, path)
-        logger.info(f"Wrote {path}.")
+        print(f"Wrote {path}.")
         for other in (image, another_size(image)):
-            logger.info(compare(detections(model, other), exported(other), other))
+            print(compare(detections(model, other), exported(other), other))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

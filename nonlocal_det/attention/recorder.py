@@ -118,6 +118,7 @@ class AttentionRecorder:
 
     def _on_block(self, name: str, x: Tensor, mask: Optional[Tensor] = None) -> None:
         # What runs after a pooler runs on its regions, until the next call of the model.
+        mask = self._blocks[name].mask_of(x, mask)
         self._calls[name] = _Call(x.detach(), mask, self._regions)
 
     @property

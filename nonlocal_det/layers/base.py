@@ -5,9 +5,9 @@
 Letters of shapes: B batch, C channels, D inner channels; ``*S`` is one, two or three spatial
 dimensions, in the order (T, H, W), (H, W) or (L,).
 
-Masks say which positions take part as keys; every position still asks as a query. A picture
-without any key gets y = 0 from every mechanism, so its branch is the constant that ``out`` and
-``norm`` add.
+Masks say which positions take part. One that does not gives nothing to the others, counts in no
+mean, and comes out as it went in. (The running statistics of a batch norm in training are those of
+all positions.)
 
 Precision: convolutions run in the dtype of the module, or of autocast; softmaxes, means, sums over
 positions and the statistics of norms are float32 or better, whatever these are. What would exceed
@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import narrow
+from .precision import narrow, widen
 
 Norm = Union[str, Callable[[int], nn.Module]]
 
@@ -33,6 +33,7 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _NORMS = ("", "BN", "SyncBN", "GN")
 _INITS = ("he", "gaussian")
+NO_MASK = torch.zeros(0, dtype=torch.bool)  # TorchScript wants a tensor where there can be one
 
 
 def choose(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -103,15 +104,19 @@ def pool(x: Tensor, stride: int, mask: Optional[Tensor]) -> Tensor:
     """
     if stride == 1:
         return x
-    if mask is not None:
-        x = x.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    if mask is None:
+        return _max_pool(x, stride)
+    pooled = _max_pool(x.masked_fill(~mask.unsqueeze(1), float("-inf")), stride)
+    # By the mask: onnxruntime has kernels that do not give -inf for a cell of nothing but -inf.
+    return pooled.masked_fill(_max_pool(share(x, mask), stride) == 0, 0.0)
+
+
+def _max_pool(x: Tensor, stride: int) -> Tensor:
     if x.dim() == 3:
-        pooled = F.max_pool1d(x, stride, ceil_mode=True)
-    elif x.dim() == 4:
-        pooled = F.max_pool2d(x, stride, ceil_mode=True)
-    else:
-        pooled = F.max_pool3d(x, [1, stride, stride], ceil_mode=True)
-    return pooled if mask is None else pooled.masked_fill(pooled == float("-inf"), 0.0)
+        return F.max_pool1d(x, stride, ceil_mode=True)
+    if x.dim() == 4:
+        return F.max_pool2d(x, stride, ceil_mode=True)
+    return F.max_pool3d(x, [1, stride, stride], ceil_mode=True)
 
 
 def key_mask(mask: Optional[Tensor], stride: int = 1) -> Optional[Tensor]:
@@ -119,13 +124,41 @@ def key_mask(mask: Optional[Tensor], stride: int = 1) -> Optional[Tensor]:
     if mask is None:
         return None
     if stride > 1:
-        mask = pool(mask.unsqueeze(1).float(), stride, None) > 0
+        mask = _max_pool(mask.unsqueeze(1).float(), stride) > 0
     return mask.flatten(1)
+
+
+def at_resolution(image_mask: Tensor, x: Tensor) -> Tensor:
+    """(B, H, W) at the resolution of the images to that of x, (B, C, h, w).
+
+    A network that rounds up what it halves has, at stride s, the cells whose first pixel is a
+    multiple of s. Of another network it is the nearest pixel.
+    """
+    mask = image_mask
+    while mask.shape[1] > x.shape[2]:
+        mask = mask[:, ::2, ::2]
+    if mask.shape[1:] == x.shape[2:]:
+        return mask
+    return F.interpolate(image_mask.unsqueeze(1).float(), x.shape[2:]).squeeze(1) > 0
 
 
 def share(x: Tensor, mask: Optional[Tensor]) -> Tensor:
     """(B, 1, *S) in the dtype of x (B, C, *S): 1 where a position takes part, 0 elsewhere."""
     return torch.ones_like(x[:, :1]) if mask is None else mask.unsqueeze(1).to(x.dtype)
+
+
+def masked_group_norm(
+    x: Tensor, mask: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """`F.group_norm` of (B, C, *S), with the statistics of the positions that take part."""
+    grouped = widen(x).flatten(2).unflatten(1, (groups, x.shape[1] // groups))
+    part = mask.flatten(1).unsqueeze(1).unsqueeze(1).to(grouped.dtype)
+    count = (part.sum(dim=3, keepdim=True) * grouped.shape[2]).clamp(min=1)
+    centred = grouped - (grouped * part).sum(dim=[2, 3], keepdim=True) / count
+    variance = (centred.square() * part).sum(dim=[2, 3], keepdim=True) / count
+    y = (centred * (variance + eps).rsqrt()).flatten(1, 2)
+    y = y * weight.unsqueeze(1) + bias.unsqueeze(1)
+    return y.view_as(x).to(x.dtype)
 
 
 class NonLocalBase(nn.Module):
@@ -142,6 +175,10 @@ class NonLocalBase(nn.Module):
             a number of channels to a module.
         reduction: C / D where ``inner_channels`` is None.
         out_groups: channel groups of the output convolution.
+
+    Attributes:
+        image_mask: boolean (B, H, W) at the resolution of the images, or `NO_MASK`. Whoever runs
+            the block where no mask can be passed, as in an ``nn.Sequential``, sets it for the time.
 
     Raises:
         ValueError: for a value that is not a choice, with the choices; for a norm whose gamma
@@ -168,6 +205,7 @@ class NonLocalBase(nn.Module):
         self.dims = dims
         self.inner_channels = inner
         self.frozen = False
+        self.image_mask = NO_MASK
         self.norm = make_norm(norm, channels, dims)
         # No bias under a norm: the norm has its own.
         bias = isinstance(self.norm, nn.Identity)
@@ -215,7 +253,8 @@ class NonLocalBase(nn.Module):
 
         Args:
             x: (B, C, *S).
-            mask: boolean (B, *S), True where a position takes part as a key, or None for all.
+            mask: boolean (B, *S), True where a position takes part, or None for what
+                ``image_mask`` says, or all.
 
         Returns:
             (B, C, *S), in the dtype of ``x``.
@@ -223,10 +262,28 @@ class NonLocalBase(nn.Module):
         Raises:
             ValueError: for an ``x`` of other dimensions, or a mask of another shape or dtype.
         """
+        mask = self.mask_of(x, mask)
         check_input(x, mask, self.dims)
         branch = self.out(self.aggregate(x, mask))
-        branch = self.norm(narrow(branch, branch.dtype))
-        return narrow(x + branch.to(x.dtype), x.dtype)
+        branch = self._normalise(narrow(branch, branch.dtype), mask)
+        z = narrow(x + branch.to(x.dtype), x.dtype)
+        return z if mask is None else torch.where(mask.unsqueeze(1), z, x)
+
+    def _normalise(self, branch: Tensor, mask: Optional[Tensor]) -> Tensor:
+        # The one norm whose statistics at inference are the picture's own.
+        if hasattr(self.norm, "num_groups"):
+            if mask is not None and branch.shape[2:] == mask.shape[1:]:
+                norm = self.norm
+                return masked_group_norm(
+                    branch, mask, norm.num_groups, norm.weight, norm.bias, norm.eps
+                )
+        return self.norm(branch)
+
+    def mask_of(self, x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
+        """The mask (B, *S) with which `forward` runs when it is called with these."""
+        if mask is None and self.image_mask.dim() == 3:
+            return at_resolution(self.image_mask, x)
+        return mask
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """(B, C, *S) and a mask (B, *S) or None to (B, D, *S), or (B, D, 1, ...) for all alike."""

@@ -133,7 +133,7 @@ def _tiles_are_faster(theta: Tensor, phi: Tensor, g: Tensor, learns: bool) -> bo
     Their backward is as fast, but 15 times slower among denormal numbers; see `tiled_softmax`.
     """
     return (
-        not _is_transformed()
+        not is_recorded()
         and theta.device.type == "cpu"
         and theta.dtype in (torch.float32, torch.float64)
         and (learns or phi.shape[1] != g.shape[1])
@@ -191,7 +191,7 @@ def dot_product_attention(theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[
 
 def _dense_is_cheaper(theta: Tensor, phi: Tensor, g: Tensor) -> bool:
     """By multiplications: N M (D + V) in the dense order, D V (N + M) in the other."""
-    if _is_transformed():
+    if is_recorded():
         return False
     width, values = phi.shape[1], g.shape[1]
     queries, keys = theta.shape[2], phi.shape[2]
@@ -211,7 +211,7 @@ def concatenation_attention(a: Tensor, b: Tensor, g: Tensor, mask: Optional[Tens
     if mask is not None:
         kinks = kinks.masked_fill(~mask, math.inf)
     share = _one_over_keys(keys, mask).squeeze(2)
-    if torch.jit.is_scripting() or _is_transformed():
+    if torch.jit.is_scripting() or is_recorded():
         y = plain_hinge_sums(queries, kinks, values, share)
     else:
         y = hinge_sums(queries, kinks, values, share)
@@ -222,12 +222,12 @@ def _dense_is_faster(a: Tensor, g: Tensor) -> bool:
     if not torch.jit.is_scripting():
         if torch.onnx.is_in_onnx_export():
             return True
-        if _is_transformed():
+        if is_recorded():
             return False
     return min(a.shape[1], g.shape[2]) <= g.shape[1]
 
 
-def _is_transformed() -> bool:
+def is_recorded() -> bool:
     """Whether the operators are being recorded, for sizes other than these."""
     if torch.jit.is_scripting():
         return False

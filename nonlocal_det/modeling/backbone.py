@@ -14,13 +14,17 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor
 
 from .build import insertion_from_config, make_block
+from .padding import hand_out_masks
 from .places import LEVELS, output_places
 from .positions import MakeBlock, PositionError, insert_non_local, make_block_for, parse_position
 
 
 @torch.random.fork_rng(devices=())  # as in `insert_at`
 def insert_after_outputs(
-    backbone: Backbone, positions: Sequence[str], make_block: MakeBlock = make_block
+    backbone: Backbone,
+    positions: Sequence[str],
+    make_block: MakeBlock = make_block,
+    mask_padding: bool = True,
 ) -> Backbone:
     """Put blocks after named outputs of any detectron2 backbone, in place.
 
@@ -32,6 +36,7 @@ def insert_after_outputs(
         backbone: any backbone, for instance a RegNet, a ViT or an FPN.
         positions: names of outputs, such as ``"p3"``, without an index.
         make_block: as in `insert_non_local`.
+        mask_padding: keep what pads a batch out of the blocks; see ``padding``.
 
     Returns:
         The same backbone.
@@ -56,6 +61,8 @@ def insert_after_outputs(
         blocks[name] = block.to(like).train(backbone.training)
     if blocks and not old:
         backbone.register_forward_hook(_run_blocks)
+        if mask_padding:
+            hand_out_masks(backbone)
     backbone.non_local = nn.ModuleDict({**old, **blocks})
     return backbone
 
@@ -70,17 +77,25 @@ def _run_blocks(
 
 
 def nonlocal_resnet(
-    *, positions: Sequence[str] = (), make_block: MakeBlock = make_block, **resnet: Any
+    *,
+    positions: Sequence[str] = (),
+    make_block: MakeBlock = make_block,
+    mask_padding: bool = True,
+    **resnet: Any,
 ) -> ResNet:
     """detectron2's ``ResNet(**resnet)`` with blocks after residual blocks; see `insert_non_local`.
+
+    With ``mask_padding``, what pads a batch is kept out of the blocks; see ``padding``.
 
     Raises:
         PositionError: also for a position in a stage that ``freeze_at`` freezes.
     """
-    return _insert_into_resnet(ResNet(**resnet), positions, make_block)
+    return _insert_into_resnet(ResNet(**resnet), positions, make_block, mask_padding)
 
 
-def _insert_into_resnet(resnet: ResNet, positions: Sequence[str], make_block: MakeBlock) -> ResNet:
+def _insert_into_resnet(
+    resnet: ResNet, positions: Sequence[str], make_block: MakeBlock, mask_padding: bool
+) -> ResNet:
     stages = {name: getattr(resnet, name) for name in resnet.stage_names}
     free = [n for n, stage in stages.items() if any(p.requires_grad for p in stage.parameters())]
     for position in map(parse_position, positions):
@@ -89,7 +104,8 @@ def _insert_into_resnet(resnet: ResNet, positions: Sequence[str], make_block: Ma
                 f"Position {position.text!r}: {position.place} is frozen, and a block there would "
                 f"not be. Lower MODEL.BACKBONE.FREEZE_AT, or choose from {', '.join(free)}."
             )
-    insert_non_local(resnet, positions, make_block)
+    if insert_non_local(resnet, positions, make_block) and mask_padding:
+        hand_out_masks(resnet)
     return resnet
 
 
@@ -101,11 +117,12 @@ class NonLocalFPN(FPN):
         *,
         positions: Sequence[str] = (),
         make_block: MakeBlock = make_block,
+        mask_padding: bool = True,
         **fpn: Any,
     ) -> None:
-        """``fpn`` are the arguments of detectron2's FPN; the others are `insert_non_local`'s."""
+        """``fpn`` are the arguments of detectron2's FPN."""
         super().__init__(**fpn)
-        insert_after_outputs(self, positions, make_block)
+        insert_after_outputs(self, positions, make_block, mask_padding)
 
 
 @BACKBONE_REGISTRY.register()
@@ -113,7 +130,7 @@ def build_nonlocal_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResN
     """detectron2's ResNet with blocks after residual blocks, of stages that are not frozen."""
     resnet = build_resnet_backbone(cfg, input_shape)
     # Of a C4 model, res5 is in the head, and so are its blocks.
-    return _insert_into_resnet(resnet, **insertion_from_config(cfg, *resnet.stage_names))
+    return _insert_into_resnet(resnet, **_insertion(cfg, *resnet.stage_names))
 
 
 @BACKBONE_REGISTRY.register()
@@ -146,13 +163,19 @@ def _build_fpn(
         norm=cfg.MODEL.FPN.NORM,
         top_block=make_top(bottom_up),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-        **insertion_from_config(cfg, *LEVELS),
+        **_insertion(cfg, *LEVELS),
     )
 
 
 @BACKBONE_REGISTRY.register()
 def build_nonlocal_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Any registered backbone, ``MODEL.NONLOCAL.BACKBONE``, with blocks after its outputs."""
-    insertion = insertion_from_config(cfg, *output_places(cfg))
+    insertion = _insertion(cfg, *output_places(cfg))
     backbone = BACKBONE_REGISTRY.get(cfg.MODEL.NONLOCAL.BACKBONE)(cfg, input_shape)
     return insert_after_outputs(backbone, **insertion)
+
+
+def _insertion(cfg: CfgNode, *places: str) -> dict[str, Any]:
+    """The arguments of a backbone that takes blocks at ``places``."""
+    mask_padding = cfg.MODEL.NONLOCAL.MASK_PADDING
+    return {**insertion_from_config(cfg, *places), "mask_padding": mask_padding}

@@ -18,7 +18,7 @@ from .positions import MakeBlock
 
 NORMS = ("", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "GN")
 # Keys of MODEL.NONLOCAL that do not say what a block is.
-NOT_OF_BLOCKS = ("POSITIONS", "BACKBONE", "VIS_PERIOD")
+NOT_OF_BLOCKS = ("POSITIONS", "BACKBONE", "MASK_PADDING", "VIS_PERIOD")
 
 
 def insertion_from_config(cfg: CfgNode, *places: str) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def test_a_comparison_from_training_to_tables(
         "variants": {"stock": {}, "one block": {"MODEL.NONLOCAL.POSITIONS": ["res4[-2]"]}},
     }
     suite, output = tmp_path / "suite.yaml", tmp_path / "output"
-    suite.write_text(yaml.safe_dump(content))
+    suite.write_text(yaml.safe_dump(content, sort_keys=False))
     monkeypatch.syspath_prepend(PROJECT / "tools")  # as where it is started as a script
     main = runpy.run_path(str(PROJECT / "tools" / "compare.py"))["main"]
     arguments = ["--suite", str(suite), "--output", str(output), "--jobs", "1"]

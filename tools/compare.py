@@ -22,7 +22,7 @@ import torch
 from analyze_model import analyze
 from analyze_model import build as build_to_count
 from benchmark import processor
-from detectron2.data import DatasetCatalog, build_detection_train_loader
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
 from whole_model import train as train_step
@@ -34,7 +34,7 @@ from nonlocal_det.compare.runs import train_all
 from nonlocal_det.compare.suite import Suite, read_suite
 from nonlocal_det.compare.summary import tables
 from nonlocal_det.config import load_config
-from nonlocal_det.engine import check_dataset, one_sentence_errors
+from nonlocal_det.engine import Trainer, check_dataset, one_sentence_errors
 from nonlocal_det.engine.files import whole_file
 from nonlocal_det.modeling.places import check_positions
 
@@ -58,7 +58,7 @@ def measure_costs(suite: Suite, rounds: int = ROUNDS) -> dict[str, Cost]:
         cfg = load_config(suite.config, options)
         torch.manual_seed(0)
         models[variant] = build_model(cfg)
-        batch = next(iter(build_detection_train_loader(cfg)))
+        batch = next(iter(Trainer.build_train_loader(cfg)))
         counted = analyze(build_to_count(suite.config, list(options)), batch[0]["image"].shape[1:])
         costs[variant] = {**counted["total"], "bytes": kept_bytes(models[variant], batch)}
     seconds: dict[str, list[float]] = {variant: [] for variant in models}
@@ -138,11 +138,17 @@ def main(arguments: Optional[list[str]] = None) -> None:
         "machine": f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "baseline": suite.baseline,
         "costs": measure_costs(suite),
-        "runs": sorted(results, key=lambda run: (run["task"], run["seed"])),
+        "runs": in_order(suite, results),
     }
     if suite.distances:
         report["reach"] = measure_reach(suite)
     write_report(report, args.output)
+
+
+def in_order(suite: Suite, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results as the suite has its runs, whichever was done first."""
+    by_run = {(result["task"], result["variant"], result["seed"]): result for result in results}
+    return [by_run[run.task, run.variant, run.seed] for run in suite.runs()]
 
 
 def measure_reach(suite: Suite) -> float:

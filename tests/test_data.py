@@ -1,5 +1,6 @@
 """The lamps dataset: what is drawn, what is written, and what detectron2 makes of it."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -442,6 +443,20 @@ def test_outlines_decide_where_they_are_said_to():
         for instance in _draw(index, params=params)[1]:
             corners[instance.category].add(len(instance.polygon))
     assert corners == {0: {40, 30}, 1: {15, 50}, 2: {20, 60}}
+
+
+def test_the_lamp_is_the_last_object_where_it_counts():
+    for name in ("lamps_long", "outlines_long"):
+        picture, instances, lamp = _draw(3, params=DATASETS[name].params)
+        assert instances[-1].category == (lamp.color if name == "lamps_long" else 0)
+        y, x = np.nonzero(instances[-1].mask)
+        assert (x.mean() + 0.5, y.mean() + 0.5) == pytest.approx(lamp.center, abs=0.1)
+        assert len(x) == pytest.approx(math.pi * lamp.radius**2, rel=0.03)
+        annotation = lamps_coco._annotation(instances[-1], lamp)
+        assert annotation["cue_distance"] < 0.05
+    without = dataclasses.replace(DATASETS["lamps_long"].params, lamp_counts=False)
+    same, fewer, _ = _draw(3, params=without)
+    assert (same == picture).all() and len(fewer) == len(instances) - 1
 
 
 def test_loader_reads_the_whole_dataset(written_root):

@@ -25,7 +25,14 @@ class LampsDataset:
 
 # Long pictures, where a lamp may be farther from a shape than a detector without blocks can see.
 _LONG = LampsParams(
-    side=(64, 64), width=(512, 512), num_shapes=(4, 6), shape_size=(24.0, 44.0), gap=2.0
+    side=(64, 64),
+    width=(512, 512),
+    num_shapes=(4, 6),
+    shape_size=(24.0, 44.0),
+    lamp_size=(24.0, 30.0),
+    halo=2.8,
+    gap=2.0,
+    lamp_counts=True,
 )
 DATASETS = {
     "lamps": LampsDataset(),

@@ -65,6 +65,8 @@ class LampsParams:
         halo: radius of the lamp's glow, in radii of the lamp. No light passes beyond it.
         gap: least free space in pixels around a shape.
         decided_by: what the category is, "lamp" or "outline". The pictures are the same.
+        lamp_counts: whether the lamp is an object too, of the category that its colour, or its
+            round outline, says. The pictures are the same.
     """
 
     side: tuple[int, int] = (112, 160)
@@ -75,6 +77,7 @@ class LampsParams:
     halo: float = 2.8
     gap: float = 3.0
     decided_by: str = "lamp"
+    lamp_counts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("side", "width", "num_shapes", "shape_size", "lamp_size"):
@@ -164,14 +167,13 @@ def draw_picture(
         _paint_shadow(canvas, shape)
     _paint_lamp(canvas, lamp, params.halo * lamp.radius)
     # Shapes come last: they hide what little of a neighbour's shadow would fall on them.
+    by_lamp = params.decided_by == "lamp"
     instances = [
-        Instance(
-            color if params.decided_by == "lamp" else shape.outline,
-            shape.polygon,
-            _paint_shape(canvas, shape),
-        )
+        Instance(color if by_lamp else shape.outline, shape.polygon, _paint_shape(canvas, shape))
         for shape in shapes
     ]
+    if params.lamp_counts:
+        instances.append(_lamp_instance(lamp, color if by_lamp else 0, canvas.shape[:2]))
     return np.rint(canvas).astype(np.uint8), instances, lamp
 
 
@@ -306,6 +308,13 @@ def _paint_lamp(canvas: np.ndarray, lamp: Lamp, reach: float) -> None:
     _blend(canvas, corner, color, _coverage(distance - lamp.radius))
     # A faint highlight inside makes the disc read as a light; its rim keeps the pure colour.
     _blend(canvas, corner, _WHITE, 0.55 * np.clip(1 - distance / (0.75 * lamp.radius), 0, 1))
+
+
+def _lamp_instance(lamp: Lamp, category: int, canvas: tuple[int, int]) -> Instance:
+    """The lamp without its halo, as an object."""
+    disc = _UNIT_POLYGONS[0] * lamp.radius + lamp.center
+    x, y = _pixel_centers(0, 0, canvas[1], canvas[0])
+    return Instance(category, disc, _signed_distance(x, y, disc) < 0)
 
 
 def _make_shape(outline: int, polygon: np.ndarray, color: tuple[int, int, int]) -> _Shape:

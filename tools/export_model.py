@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from nonlocal_det.config import load_config
 from nonlocal_det.engine import check_dataset, one_sentence_errors
+from nonlocal_det.files import check_folder
 from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
+from nonlocal_det.modeling.checks import check_trained
 from nonlocal_det.modeling.places import check_positions
 
 Detections = dict[str, Tensor]
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = configuration(args)
         image = sample(cfg, args.sample_image)
         model = load(cfg)
-        os.makedirs(args.output, exist_ok=True)
+        check_folder(args.output)
         path = os.path.join(args.output, "model.onnx" if args.format == "onnx" else "model.ts")
         exported = export(model, image, args.export_method, path)
         print(f"Wrote {path}.")
@@ -88,6 +90,7 @@ def configuration(args: argparse.Namespace) -> CfgNode:
     check_positions(cfg)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    check_trained(cfg)
     cfg.freeze()
     return cfg
 

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..config import load_config
-from ..modeling.checks import build_without_memory, check_device, check_weights
+from ..modeling.checks import check_trained
 
 _PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _DEMO_CONFIG = os.path.join(_PROJECT, "configs", "lamps_mask_rcnn_R18_NL.yaml")
@@ -49,6 +49,5 @@ def load_cfg(args: argparse.Namespace) -> CfgNode:
     cfg.MODEL.WEIGHTS = weights
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    check_device(cfg.MODEL.DEVICE)
-    check_weights(weights, build_without_memory(cfg), evaluates=True)
+    check_trained(cfg)
     return cfg

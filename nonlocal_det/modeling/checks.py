@@ -33,6 +33,17 @@ def check_device(name: str, key: str = "MODEL.DEVICE") -> None:
         ) from error
 
 
+def check_trained(cfg: CfgNode) -> None:
+    """See that a model can be built, and that its weights make it whole, on a device that is there.
+
+    Raises:
+        FileNotFoundError: if there are no such weights.
+        ValueError: if anything else will not do.
+    """
+    check_device(cfg.MODEL.DEVICE)
+    check_weights(cfg.MODEL.WEIGHTS, build_without_memory(cfg), evaluates=True)
+
+
 def build_without_memory(cfg: CfgNode) -> nn.Module:
     """Build a configuration's model, without the memory for it.
 

@@ -85,6 +85,8 @@ def _train(folder: Path, output: str, arguments: list[Any], before: Any) -> None
     said = os.open(folder / f"{output}.said", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    # As in a run of its own. Loading processes that the server forked would outlive a killed run.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     data = folder / "data"
     annotations = data / "annotations" / "instances_train.json"

@@ -46,6 +46,11 @@ class RunFailure(RuntimeError):
     """A run stopped for a reason that the message, one sentence or more, explains."""
 
 
+def memory_is_full(error: BaseException) -> bool:
+    """Whether an error says so, of the GPU or of the machine."""
+    return isinstance(error, MemoryError) or bool(_MEMORY_FULL.search(str(error)))
+
+
 class FailureGuard(HookBase):
     """Ends training, before a weight changes, when a loss is not finite; explains what ends it.
 
@@ -131,7 +136,7 @@ class FailureGuard(HookBase):
             return f"{said} {self._seen()} {self._advice()}"
         if isinstance(error, RunFailure):
             return said
-        if isinstance(error, MemoryError) or _MEMORY_FULL.search(said):
+        if memory_is_full(error):
             return (
                 f"Memory is full: {said.splitlines()[0]} {self._seen()} Take fewer pictures at "
                 f"once (SOLVER.IMS_PER_BATCH, or more SOLVER.ACCUMULATION_STEPS), smaller ones "

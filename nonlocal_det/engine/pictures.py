@@ -7,7 +7,7 @@ from typing import Any
 from detectron2.data import DatasetMapper
 
 from ..modeling.checks import said_by
-from .failure import RunFailure
+from .failure import RunFailure, memory_is_full
 
 
 class PictureError(RunFailure):
@@ -29,9 +29,9 @@ class NamingMapper(DatasetMapper):
         """
         try:
             return super().__call__(dataset_dict)
-        except MemoryError:
-            raise
         except Exception as error:
+            if memory_is_full(error):  # which is not the picture's fault
+                raise
             raise PictureError(
                 f"{dataset_dict['file_name']!r} or what is annotated on it cannot be used: "
                 f"{said_by(error)}. tools/train_net.py --check says what else."

@@ -18,7 +18,7 @@ from pycocotools import mask as mask_util
 
 import nonlocal_det.data
 from nonlocal_det.data import (
-    CATEGORIES,
+    LAMP_COLORS,
     LampsParams,
     draw_picture,
     ensure_dataset,
@@ -27,6 +27,7 @@ from nonlocal_det.data import (
     write_dataset,
 )
 from nonlocal_det.data import coco as lamps_coco
+from nonlocal_det.data.builtin import DATASETS
 
 FEW = {"train": 3, "val": 2}
 
@@ -53,7 +54,7 @@ def _draw(index, **kwargs):
 
 @pytest.mark.parametrize("index", range(20))
 def test_category_does_not_show_in_the_objects(index):
-    pictures, instances, lamps = zip(*(_draw(index, category=c) for c in range(len(CATEGORIES))))
+    pictures, instances, lamps = zip(*(_draw(index, color=c) for c in range(len(LAMP_COLORS))))
     reach = LampsParams().halo * lamps[0].radius
     y, x = np.mgrid[: pictures[0].shape[0], : pictures[0].shape[1]] + 0.5
     far = np.hypot(x - lamps[0].center[0], y - lamps[0].center[1]) >= reach
@@ -73,15 +74,13 @@ def test_lamp_and_categories_agree_and_all_occur():
     seen = []
     for index in range(60):
         picture, instances, lamp = _draw(index)
-        seen.append(lamp.category)
-        assert {instance.category for instance in instances} == {lamp.category}
+        seen.append(lamp.color)
+        assert {instance.category for instance in instances} == {lamp.color}
         # The rim's colour: beside the highlight, yet inside the edge.
         x, y = lamp.center[0] + 0.85 * lamp.radius, lamp.center[1]
         rim = picture[int(y), int(x)].astype(int)
-        distances = [
-            np.abs(rim - color).sum() for color in nonlocal_det.data.lamps.LAMP_COLORS.values()
-        ]
-        assert np.argmin(distances) == lamp.category
+        distances = [np.abs(rim - color).sum() for color in LAMP_COLORS.values()]
+        assert np.argmin(distances) == lamp.color
     # 60 draws of 3 categories: each has 20 on average, and fewer than 8 once in a thousand times.
     assert min(seen.count(category) for category in range(3)) >= 8
 
@@ -143,7 +142,7 @@ def test_impossible_pictures_are_refused():
     with pytest.raises(ValueError, match="found no room for 40 shapes"):
         _draw(0, params=LampsParams(num_shapes=(40, 40)))
     with pytest.raises(ValueError, match="amber"):
-        _draw(0, category=3)
+        _draw(0, color=3)
 
 
 # ---- the files
@@ -192,7 +191,7 @@ def test_annotations_describe_the_pictures(tmp_path):
         assert 2 <= len(by_image[image["id"]]) == len(instances) <= 5
 
         for annotation, instance in zip(by_image[image["id"]], instances):
-            assert annotation["category_id"] == instance.category + 1 == lamp.category + 1
+            assert annotation["category_id"] == instance.category + 1 == lamp.color + 1
             rle = mask_util.merge(mask_util.frPyObjects(annotation["segmentation"], *size))
             decoded = mask_util.decode(rle).astype(bool)
             ious.append((decoded & instance.mask).sum() / (decoded | instance.mask).sum())
@@ -377,7 +376,9 @@ def written_root(tmp_path_factory):
 def few(monkeypatch):
     """Lets the registered dataset have few pictures."""
     monkeypatch.setattr(
-        nonlocal_det.data.builtin, "ensure_dataset", lambda folder: ensure_dataset(folder, FEW)
+        nonlocal_det.data.builtin,
+        "ensure_dataset",
+        lambda folder, splits, params: ensure_dataset(folder, FEW, params=params),
     )
 
 
@@ -388,8 +389,8 @@ def test_registering_writes_nothing_and_may_be_repeated(registered):
     assert {"lamps_train", "lamps_val"} <= set(DatasetCatalog.list())
     metadata = MetadataCatalog.get("lamps_val")
     assert metadata.evaluator_type == "coco"
-    assert metadata.thing_classes == list(CATEGORIES)
-    assert len(metadata.thing_colors) == len(CATEGORIES)
+    assert metadata.thing_classes == list(LAMP_COLORS)
+    assert len(metadata.thing_colors) == len(LAMP_COLORS)
     assert metadata.image_root == str(registered / "lamps" / "val")
     assert os.listdir(registered) == []
 
@@ -417,6 +418,30 @@ def test_first_use_writes_both_splits(registered, few, first_use):
     assert len(_files(registered / "lamps")) == 7
     for split, count in FEW.items():
         assert len(DatasetCatalog.get(f"lamps_{split}")) == count
+
+
+def test_the_control_has_the_same_pictures_under_other_names(registered, few):
+    for name in ("lamps_long_val", "outlines_long_val"):
+        DatasetCatalog.get(name)
+    lamps, outlines = (_files(registered / name) for name in ("lamps_long", "outlines_long"))
+    for name in lamps:
+        assert (lamps[name] == outlines[name]) == name.endswith(".png"), name
+    records = DatasetCatalog.get("lamps_long_val"), DatasetCatalog.get("outlines_long_val")
+    for lamp, outline in zip(*records):
+        assert (lamp["height"], lamp["width"]) == (64, 512)
+        for a, b in zip(lamp["annotations"], outline["annotations"]):
+            assert a["bbox"] == b["bbox"] and a["segmentation"] == b["segmentation"]
+    assert MetadataCatalog.get("outlines_long_val").thing_classes == ["round", "pointed", "square"]
+
+
+def test_outlines_decide_where_they_are_said_to():
+    """Corners of the polygon: a category has its own numbers of them, and all categories occur."""
+    params = DATASETS["outlines_long"].params
+    corners = {0: set(), 1: set(), 2: set()}
+    for index in range(60):
+        for instance in _draw(index, params=params)[1]:
+            corners[instance.category].add(len(instance.polygon))
+    assert corners == {0: {40, 30}, 1: {15, 50}, 2: {20, 60}}
 
 
 def test_loader_reads_the_whole_dataset(written_root):

@@ -121,6 +121,20 @@ def test_no_name_but_those_of_blocks_is_new(pair):
     assert trained == expected | inside
 
 
+def test_the_same_seed_gives_the_same_weights_with_and_without_blocks():
+    cfg = zoo_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
+    models = []
+    for positions in ((), ("res3[:]", "res4[-2]", "p3", "mask_head[0]")):
+        cfg.MODEL.NONLOCAL.POSITIONS = positions
+        torch.manual_seed(0)
+        models.append(build_model(renamed(cfg, OURS)))
+    stock, model = (m.state_dict() for m in models)
+    assert len(blocks_of(models[1])) == 7
+    assert_same({name: model[name] for name in stock}, stock)
+    first, second = (models[1].backbone.bottom_up.get_submodule(f"res3.nl{i}") for i in (0, 1))
+    assert not torch.equal(first.theta.weight, second.theta.weight)
+
+
 def test_there_is_a_block_at_every_position(pair):
     cfg, _, model = pair
     named = " ".join(blocks_of(model))

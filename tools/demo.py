@@ -26,7 +26,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 
 from nonlocal_det.attention import AttentionRecorder, detection_figure, save_figure
-from nonlocal_det.engine import Trainer, one_sentence_errors, setup
+from nonlocal_det.engine import Trainer, TrainingFailure, one_sentence_errors, setup
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = "lamps_mask_rcnn_R18_NL.yaml"
@@ -132,7 +132,9 @@ def main(args: Namespace) -> None:
 
     positions = ", ".join(cfg.MODEL.NONLOCAL.POSITIONS)
     print(f"Training a Mask R-CNN R18-FPN with a non-local block at {positions} ...")
-    print_table(DemoTrainer(cfg).train())
+    with one_sentence_errors(TrainingFailure):
+        results = DemoTrainer(cfg).train()
+    print_table(results)
 
     print("\nDrawing what the block looks at ...")
     cfg = cfg.clone()

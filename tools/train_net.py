@@ -16,33 +16,33 @@ from detectron2.evaluation import verify_results
 
 from nonlocal_det.engine import (
     Trainer,
+    TrainingFailure,
+    WholeCheckpointer,
     checked_config,
     launch,
     one_sentence_errors,
     setup,
 )
-from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
 
 
 def main(args: Namespace) -> Any:
-    """Train, or with ``--eval-only`` evaluate; ends with one sentence if the input is wrong."""
+    """Train, or with ``--eval-only`` evaluate; ends with one sentence if it cannot."""
     with one_sentence_errors():
         cfg = setup(args)
         if args.eval_only:
             model = Trainer.build_model(cfg)
         else:
             trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
 
     if not args.eval_only:
-        trainer.resume_or_load(resume=args.resume)
         if cfg.TEST.AUG.ENABLED:
             test = lambda: trainer.test_with_augmentation(cfg, trainer.model)  # noqa: E731
             trainer.register_hooks([hooks.EvalHook(0, test)])
-        return trainer.train()
+        with one_sentence_errors(TrainingFailure):
+            return trainer.train()
 
-    NonLocalCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
-        cfg.MODEL.WEIGHTS, resume=args.resume
-    )
+    WholeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_augmentation(cfg, model))

@@ -1,11 +1,12 @@
-"""The embedded dataset. Importing this package registers it with detectron2, and writes nothing."""
+"""The embedded datasets. Importing this registers them with detectron2, and writes nothing."""
 
 from .builtin import register_lamps
 from .coco import ensure_dataset, picture_rng, write_dataset
-from .lamps import CATEGORIES, Instance, Lamp, LampsParams, draw_picture
+from .lamps import CATEGORIES, LAMP_COLORS, Instance, Lamp, LampsParams, draw_picture
 
 __all__ = [
     "CATEGORIES",
+    "LAMP_COLORS",
     "Instance",
     "Lamp",
     "LampsParams",

@@ -1,8 +1,10 @@
-"""Registers the lamps dataset with detectron2: ``lamps_train`` and ``lamps_val``."""
+"""Registers the lamps datasets with detectron2, each with the splits ``_train`` and ``_val``."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -10,26 +12,49 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathHandler, PathManager
 
 from .coco import SPLITS, annotation_file, ensure_dataset, image_folder
-from .lamps import LAMP_COLORS
+from .lamps import LAMP_COLORS, LampsParams
+
+
+@dataclass(frozen=True)
+class LampsDataset:
+    """One of the datasets: what its pictures look like, and how many there are of each split."""
+
+    params: LampsParams = field(default_factory=LampsParams)
+    splits: Mapping[str, int] = field(default_factory=lambda: SPLITS)
+
+
+# Long pictures, where a lamp may be farther from a shape than a detector without blocks can see.
+_LONG = LampsParams(
+    side=(64, 64), width=(512, 512), num_shapes=(4, 6), shape_size=(24.0, 44.0), gap=2.0
+)
+DATASETS = {
+    "lamps": LampsDataset(),
+    "lamps_long": LampsDataset(_LONG, {"train": 1200, "val": 200}),
+    # The control: the same pictures, each shape named by its own outline.
+    "outlines_long": LampsDataset(
+        replace(_LONG, decided_by="outline"), {"train": 1200, "val": 200}
+    ),
+}
 
 
 class _LampsHandler(PathHandler):
-    """Draws the dataset when one of its annotation files is first asked for.
+    """Draws a dataset when one of its annotation files is first asked for.
 
     Both detectron2's loader and its COCOEvaluator ask PathManager for that file, so either may
     come first.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, dataset: LampsDataset) -> None:
         super().__init__()
         self._folder = folder
+        self._dataset = dataset
 
     def _get_supported_prefixes(self) -> list[str]:
-        return [annotation_file(self._folder, split) for split in SPLITS]
+        return [annotation_file(self._folder, split) for split in self._dataset.splits]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         self._check_kwargs(kwargs)
-        ensure_dataset(self._folder)
+        ensure_dataset(self._folder, self._dataset.splits, params=self._dataset.params)
         return path
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO:
@@ -37,7 +62,7 @@ class _LampsHandler(PathHandler):
 
 
 def register_lamps(root: str | None = None) -> None:
-    """Registers the dataset in the folder ``lamps`` of ``root``. Nothing is written until used.
+    """Registers the datasets in folders of ``root``. Nothing is written until one is used.
 
     Args:
         root: folder of all datasets; defaults to the environment variable DETECTRON2_DATASETS, or
@@ -45,16 +70,16 @@ def register_lamps(root: str | None = None) -> None:
     """
     if root is None:
         root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-    folder = os.path.join(root, "lamps")
-    PathManager.register_handler(_LampsHandler(folder), allow_override=True)
-    for split in SPLITS:
-        name = f"lamps_{split}"
-        DatasetCatalog.pop(name, None)
-        MetadataCatalog.pop(name, None)
-        metadata = {
-            "thing_classes": list(LAMP_COLORS),
-            "thing_colors": list(LAMP_COLORS.values()),
-        }
-        register_coco_instances(
-            name, metadata, annotation_file(folder, split), image_folder(folder, split)
-        )
+    for dataset_name, dataset in DATASETS.items():
+        folder = os.path.join(root, dataset_name)
+        PathManager.register_handler(_LampsHandler(folder, dataset), allow_override=True)
+        metadata: dict[str, Any] = {"thing_classes": list(dataset.params.categories)}
+        if dataset.params.decided_by == "lamp":
+            metadata["thing_colors"] = list(LAMP_COLORS.values())
+        for split in dataset.splits:
+            name = f"{dataset_name}_{split}"
+            DatasetCatalog.pop(name, None)
+            MetadataCatalog.pop(name, None)
+            register_coco_instances(
+                name, metadata, annotation_file(folder, split), image_folder(folder, split)
+            )

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from PIL import Image
 
-from .lamps import CATEGORIES, GENERATOR_VERSION, Instance, Lamp, LampsParams, draw_picture
+from .lamps import GENERATOR_VERSION, Instance, Lamp, LampsParams, draw_picture
 
 SPLITS = {"train": 400, "val": 100}
 
@@ -88,7 +88,7 @@ def write_dataset(
     content = {
         "info": _info(split, count, seed, params),
         "licenses": [],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(CATEGORIES, start=1)],
+        "categories": [{"id": i, "name": n} for i, n in enumerate(params.categories, start=1)],
         "images": images,
         "annotations": annotations,
     }
@@ -169,7 +169,7 @@ def _read_info(path: str) -> object:
 
 def _info(split: str, count: int, seed: int, params: LampsParams) -> dict:
     info = {
-        "description": "Lamps: a shape's category is the colour of the lamp in its picture.",
+        "description": f"Lamps: shapes whose category is decided by the {params.decided_by}.",
         "version": GENERATOR_VERSION,
         "split": split,
         "count": count,

@@ -3,7 +3,8 @@
 Each picture shows one glowing lamp and a few shapes. A shape's category is the lamp's colour,
 and the lamp sheds no light on the shapes: for a given seed, the pixels of every shape are the same
 under all three lamps. So a detector must look away from an object to name it, which is what
-non-local blocks are for.
+non-local blocks are for. As a control, the same pictures can be labelled by what is local, the
+outline of each shape; then the lamp means nothing.
 
 Shapes are polygons, painted by their exact signed distance, so that the annotated polygon and the
 painted edge agree to a fraction of a pixel. They overlap neither each other nor the lamp's halo.
@@ -25,7 +26,8 @@ import numpy as np
 GENERATOR_VERSION = 1
 
 LAMP_COLORS = {"amber": (255, 168, 28), "teal": (0, 214, 178), "violet": (168, 84, 255)}
-CATEGORIES = tuple(LAMP_COLORS)
+# What decides a shape's category, and what the categories then are.
+CATEGORIES = {"lamp": tuple(LAMP_COLORS), "outline": ("round", "pointed", "square")}
 
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 # Each a pair: the colours at the two ends of the background's gradient.
@@ -56,43 +58,54 @@ class LampsParams:
 
     Attributes:
         side: height and width of the picture in pixels, each drawn by itself.
+        width: the width by another range than the height, or None.
         num_shapes: number of shapes.
         shape_size: diameter in pixels of the circle around a shape.
         lamp_size: diameter of the lamp in pixels.
         halo: radius of the lamp's glow, in radii of the lamp. No light passes beyond it.
         gap: least free space in pixels around a shape.
+        decided_by: what the category is, "lamp" or "outline". The pictures are the same.
     """
 
     side: tuple[int, int] = (112, 160)
+    width: tuple[int, int] | None = None
     num_shapes: tuple[int, int] = (2, 5)
     shape_size: tuple[float, float] = (26.0, 56.0)
     lamp_size: tuple[float, float] = (14.0, 18.0)
     halo: float = 2.8
     gap: float = 3.0
+    decided_by: str = "lamp"
 
     def __post_init__(self) -> None:
-        for name in ("side", "num_shapes", "shape_size", "lamp_size"):
-            low, high = getattr(self, name)
+        for name in ("side", "width", "num_shapes", "shape_size", "lamp_size"):
+            low, high = getattr(self, name) or self.side
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be (low, high) with 0 < low <= high: {low, high}")
         if self.halo < 1:
             raise ValueError(f"halo must be at least 1, the lamp's own radius: {self.halo}")
         if self.gap < 1:
             raise ValueError(f"gap must be at least 1, or edges would mix: {self.gap}")
+        if self.decided_by not in CATEGORIES:
+            raise ValueError(f"decided_by must be one of {tuple(CATEGORIES)}: {self.decided_by!r}")
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The names of the categories."""
+        return CATEGORIES[self.decided_by]
 
 
 @dataclass(frozen=True)
 class Lamp:
-    """The lamp: its category (index into CATEGORIES), centre (x, y) and radius in pixels."""
+    """The lamp: its colour (index into LAMP_COLORS), centre (x, y) and radius in pixels."""
 
-    category: int
+    color: int
     center: tuple[float, float]
     radius: float
 
 
 @dataclass(frozen=True)
 class Instance:
-    """A shape: its category (index into CATEGORIES), polygon (V, 2) of (x, y) and mask (H, W)."""
+    """A shape: its category, by index, its polygon (V, 2) of (x, y) and its mask (H, W)."""
 
     category: int
     polygon: np.ndarray
@@ -107,6 +120,7 @@ class _Shape:
     stick out of the picture; ``corner`` is the first pixel (x, y) of the box.
     """
 
+    outline: int
     polygon: np.ndarray
     color: tuple[int, int, int]
     corner: tuple[int, int]
@@ -114,41 +128,50 @@ class _Shape:
 
 
 def draw_picture(
-    rng: np.random.Generator, params: LampsParams | None = None, *, category: int | None = None
+    rng: np.random.Generator, params: LampsParams | None = None, *, color: int | None = None
 ) -> tuple[np.ndarray, list[Instance], Lamp]:
     """Draws one picture.
 
     Args:
         rng: decides all that the parameters leave open.
         params: defaults to LampsParams().
-        category: index into CATEGORIES; None lets ``rng`` choose. For the same state of ``rng``,
-            the choice alters the lamp and its halo, and no other pixel.
+        color: of the lamp, index into LAMP_COLORS; None lets ``rng`` choose. For the same state of
+            ``rng``, the choice alters the lamp and its halo, and no other pixel.
 
     Returns:
         The picture (H, W, 3), RGB uint8; its instances, whose masks are disjoint; its lamp.
     """
     params = params or LampsParams()
-    if category is not None and category not in range(len(CATEGORIES)):
-        raise ValueError(f"category must be an index into {CATEGORIES} or None: {category}")
+    if color is not None and color not in range(len(LAMP_COLORS)):
+        raise ValueError(f"color must be an index into {tuple(LAMP_COLORS)} or None: {color}")
     # Drawn even where the caller has chosen, so that the choice does not shift what follows.
-    drawn = int(rng.integers(len(CATEGORIES)))
-    category = drawn if category is None else category
+    drawn = int(rng.integers(len(LAMP_COLORS)))
+    color = drawn if color is None else color
 
-    height, width = (int(side) for side in rng.integers(*params.side, size=2, endpoint=True))
+    (low, high), (left, right) = params.side, params.width or params.side
+    height, width = (int(side) for side in rng.integers((low, left), (high, right), endpoint=True))
     (lamp_x, lamp_y, lamp_radius), places = _place(rng, params, height, width)
-    lamp = Lamp(category, (lamp_x, lamp_y), lamp_radius)
+    lamp = Lamp(color, (lamp_x, lamp_y), lamp_radius)
     colors = rng.permutation(len(_PASTELS))
-    shapes = [
-        _make_shape(_random_polygon(rng) * radius + (x, y), _PASTELS[colors[i % len(colors)]])
-        for i, (x, y, radius) in enumerate(places)
-    ]
+    shapes = []
+    for i, (x, y, radius) in enumerate(places):
+        outline, polygon = _random_polygon(rng)
+        pastel = _PASTELS[colors[i % len(colors)]]
+        shapes.append(_make_shape(outline, polygon * radius + (x, y), pastel))
 
     canvas = _background(rng, height, width)
     for shape in shapes:
         _paint_shadow(canvas, shape)
     _paint_lamp(canvas, lamp, params.halo * lamp.radius)
     # Shapes come last: they hide what little of a neighbour's shadow would fall on them.
-    instances = [Instance(category, s.polygon, _paint_shape(canvas, s)) for s in shapes]
+    instances = [
+        Instance(
+            color if params.decided_by == "lamp" else shape.outline,
+            shape.polygon,
+            _paint_shape(canvas, shape),
+        )
+        for shape in shapes
+    ]
     return np.rint(canvas).astype(np.uint8), instances, lamp
 
 
@@ -200,12 +223,17 @@ def _random_point(
     return float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin))
 
 
-def _random_polygon(rng: np.random.Generator) -> np.ndarray:
-    """Returns a random shape, turned at random, that just fits the unit circle: (V, 2)."""
+def _random_polygon(rng: np.random.Generator) -> tuple[int, np.ndarray]:
+    """Returns a random shape, turned at random, that just fits the unit circle.
+
+    Returns:
+        The kind of outline, an index into the categories of "outline", and the polygon (V, 2).
+    """
     kind = int(rng.integers(len(_UNIT_POLYGONS)))
     angle = rng.uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
-    return _UNIT_POLYGONS[kind] @ np.array([[cos, sin], [-sin, cos]])
+    turned = _UNIT_POLYGONS[kind] @ np.array([[cos, sin], [-sin, cos]])
+    return kind % len(CATEGORIES["outline"]), turned
 
 
 def _regular(corners: int) -> np.ndarray:
@@ -246,6 +274,7 @@ def _rounded(polygon: np.ndarray, share: float) -> np.ndarray:
     return rounded / np.hypot(*rounded.T).max()
 
 
+# In turn round, pointed and square.
 _UNIT_POLYGONS = (
     _regular(40),  # a disc: 40 corners stay within 0.1 pixel of the circle at these sizes
     _rounded(_regular(3), 0.14),
@@ -268,7 +297,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 def _paint_lamp(canvas: np.ndarray, lamp: Lamp, reach: float) -> None:
     """Paints the lamp and a halo that ends exactly ``reach`` pixels from its centre, in place."""
-    color = LAMP_COLORS[CATEGORIES[lamp.category]]
+    color = tuple(LAMP_COLORS.values())[lamp.color]
     corner, x, y = _box(np.array([lamp.center]), reach)
     distance = np.hypot(x - lamp.center[0], y - lamp.center[1])
 
@@ -279,9 +308,9 @@ def _paint_lamp(canvas: np.ndarray, lamp: Lamp, reach: float) -> None:
     _blend(canvas, corner, _WHITE, 0.55 * np.clip(1 - distance / (0.75 * lamp.radius), 0, 1))
 
 
-def _make_shape(polygon: np.ndarray, color: tuple[int, int, int]) -> _Shape:
+def _make_shape(outline: int, polygon: np.ndarray, color: tuple[int, int, int]) -> _Shape:
     corner, x, y = _box(polygon, _SHADOW_REACH)
-    return _Shape(polygon, color, corner, _signed_distance(x, y, polygon))
+    return _Shape(outline, polygon, color, corner, _signed_distance(x, y, polygon))
 
 
 def _paint_shadow(canvas: np.ndarray, shape: _Shape) -> None:

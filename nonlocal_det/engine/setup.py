@@ -20,16 +20,22 @@ from detectron2.utils.file_io import PathManager
 from ..config import load_config
 from ..layers.base import check_count, choose
 from ..modeling.places import check_positions
+from .record import add_to_record, choose_seed
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """End the program with what a wrong input raised, as one sentence, and exit code 1."""
+def one_sentence_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End the program with what a wrong input raised, as one sentence, and exit code 1.
+
+    Args:
+        kinds: of errors that speak for themselves; by default ValueError and OSError.
+    """
+    expected = kinds or (ValueError, OSError)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except expected as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
 
 
@@ -37,12 +43,17 @@ def setup(args: Namespace) -> CfgNode:
     """The configuration of detectron2's standard arguments, checked before anything is written.
 
     Raises:
-        FileNotFoundError, ValueError: as `checked_config`.
+        FileNotFoundError, ValueError: as `checked_config`; also a ValueError for a record of
+            earlier starts that cannot be read.
     """
     cfg, device = checked_config(args)
     asked, cfg.MODEL.DEVICE = cfg.MODEL.DEVICE, device
+    if not args.eval_only:
+        cfg.SEED = choose_seed(cfg.SEED, cfg.OUTPUT_DIR, args.resume)
     cfg.freeze()
     default_setup(cfg, args)
+    if not args.eval_only:
+        add_to_record(cfg.OUTPUT_DIR, seed=cfg.SEED, resume=args.resume)
     say_device(asked, device)
     return cfg
 

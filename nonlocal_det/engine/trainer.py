@@ -1,4 +1,4 @@
-"""detectron2's trainer, with our optimisers, checkpoints and pictures of attention."""
+"""detectron2's trainer, with our optimisers and pictures of attention, safe to stop and resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -27,11 +27,17 @@ from detectron2.utils.logger import setup_logger
 
 from ..attention.hook import AttentionHook
 from ..layers.base import choose
-from ..modeling.checkpoint import NonLocalCheckpointer
 from ..modeling.places import used_features
+from .checkpoint import WholeCheckpointer
+from .failure import FailureGuard
 from .processes import EndsAlone, for_all_processes
+from .resume import ResumeHook
 from .setup import mixed_precision
 from .step import Step
+from .stream import build_training_stream
+
+# The hooks that act after the one that saves checkpoints.
+_AFTER_CHECKPOINTS = (hooks.EvalHook, hooks.PeriodicWriter, AttentionHook)
 
 
 class Trainer(EndsAlone, DefaultTrainer):
@@ -51,7 +57,7 @@ class Trainer(EndsAlone, DefaultTrainer):
         )
         self._trainer = self.build_step(cfg, model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = NonLocalCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -70,15 +76,6 @@ class Trainer(EndsAlone, DefaultTrainer):
             precision = mixed_precision("SOLVER.AMP.DTYPE", amp.DTYPE, cfg.MODEL.DEVICE)
         passes = cfg.SOLVER.ACCUMULATION_STEPS
         return Step(model, loader, optimizer, passes=passes, precision=precision)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state to resume from, with the step's, which detectron2 0.5 leaves out."""
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave."""
-        TrainerBase.load_state_dict(self, state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
     def build_evaluator(
@@ -125,13 +122,51 @@ class Trainer(EndsAlone, DefaultTrainer):
         optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return optimizer(groups, lr=cfg.SOLVER.BASE_LR)
 
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Batches in an order that ``SEED`` decides, which a resumed run goes on with."""
+        return build_training_stream(cfg, seed=_seed(cfg))
+
     def build_hooks(self) -> list[Any]:
-        """Make detectron2's hooks, and where it is asked for the one of attention."""
+        """Make detectron2's hooks, and those of ours."""
         built = super().build_hooks()
         if self.cfg.MODEL.NONLOCAL.VIS_PERIOD:
             # Before the writers, which come last.
             built.insert(-1, AttentionHook(self.cfg, self.cfg.MODEL.NONLOCAL.VIS_PERIOD))
-        return built
+        later = [hook for hook in built if isinstance(hook, _AFTER_CHECKPOINTS)]
+        self._resume = ResumeHook(
+            self._trainer.data_loader, _seed(self.cfg), self.cfg.OUTPUT_DIR, later
+        )
+        self._guard = FailureGuard()
+        return [*built, self._guard, self._resume]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last whole checkpoint, or else ``MODEL.WEIGHTS``."""
+        super().resume_or_load(resume)
+        self._resume.resumes = resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the optimiser, which detectron2 0.5 forgets."""
+        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of any version's checkpoint."""
+        TrainerBase.load_state_dict(self, state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            logging.getLogger("detectron2").warning(
+                "The checkpoint lacks the optimiser's state: its momentum starts anew."
+            )
+
+    def train(self) -> Any:
+        """Train, and evaluate as configured.
+
+        Raises:
+            TrainingFailure: if memory or the disk is full, or losses are not finite.
+        """
+        with self._guard.explains(self.checkpointer):
+            return super().train()
 
     @classmethod
     def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
@@ -149,3 +184,8 @@ def _leaves_unread(cfg: CfgNode, model: nn.Module) -> bool:
     """
     read = used_features(cfg)
     return read is not None and not read.issuperset(model.backbone.output_shape())
+
+
+def _seed(cfg: CfgNode) -> int:
+    """The one that `setup` has chosen; where it did not, one that cannot be known again."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Callable
 
+import torch
 import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -17,6 +18,7 @@ from .places import LEVELS, output_places
 from .positions import MakeBlock, PositionError, insert_non_local, make_block_for, parse_position
 
 
+@torch.random.fork_rng(devices=())  # as in `insert_at`
 def insert_after_outputs(
     backbone: Backbone, positions: Sequence[str], make_block: MakeBlock = make_block
 ) -> Backbone:

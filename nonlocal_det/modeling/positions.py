@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, Union
 
+import torch
 import torch.nn as nn
 
 MakeBlock = Callable[..., nn.Module]
@@ -158,6 +159,9 @@ class Site:
         return list(self.sequence)[: names.index(self.name) + 1]
 
 
+# So what is random in a block shifts nothing else: for the same seed, a detector starts with the
+# same weights with and without blocks.
+@torch.random.fork_rng(devices=())
 def insert_at(sites: Sequence[Site], make_block: MakeBlock) -> list[str]:
     """Put a block at each site; the names of the blocks.
 

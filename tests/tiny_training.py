@@ -1,0 +1,102 @@
+"""Runs of tools/train_net.py on a tiny model, in processes that start at once and may be killed.
+
+A server process imports torch and detectron2 once and forks: a run then starts in a fraction of a
+second. Each is a process of its own, with real files, limits and signals.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import default_argument_parser
+from tiny_models import zoo_config
+
+from nonlocal_det.data import LAMP_COLORS, LampsParams, write_dataset
+
+TRAIN_NET = Path(__file__).parents[1] / "tools" / "train_net.py"
+DATASET = "tiny_lamps"
+PICTURES = LampsParams(side=(48, 80), num_shapes=(1, 2), shape_size=(16, 24), lamp_size=(8, 10))
+OPTIONS = [
+    *("MODEL.NONLOCAL.POSITIONS", ["res4[-2]"], "MODEL.RESNETS.NORM", "BN"),
+    *("MODEL.BACKBONE.NAME", "build_nonlocal_resnet_fpn_backbone"),
+    *("DATASETS.TRAIN", [DATASET], "DATASETS.TEST", [], "DATALOADER.NUM_WORKERS", 0),
+    *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 0.001, "SOLVER.WARMUP_ITERS", 3),
+    *("INPUT.MIN_SIZE_TRAIN", [40, 48, 56], "SOLVER.MAX_ITER", 6, "SEED", 1),
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 32, "SOLVER.CHECKPOINT_PERIOD", 2),
+]
+
+servers = multiprocessing.get_context("forkserver")
+servers.set_forkserver_preload(["nonlocal_det.engine", "detectron2.model_zoo", "pycocotools.mask"])
+
+
+@dataclass
+class Place:
+    """A folder with the dataset and a configuration; runs write beside them."""
+
+    folder: Path
+    model: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+    options: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        write_dataset(str(self.folder / "data"), "train", 8, params=PICTURES)
+        cfg = zoo_config(self.model, [*OPTIONS, *self.options])
+        (self.folder / "tiny.yaml").write_text(cfg.dump())
+
+    def start(self, output: str, *arguments: Any, before: Any = None) -> Any:
+        """A run, in a process that is under way; ``before`` is called in it first."""
+        given = ["--config-file", self.folder / "tiny.yaml", *arguments]
+        run = [*given, "OUTPUT_DIR", self.folder / output]
+        process = servers.Process(target=_train, args=(self.folder, output, run, before))
+        process.start()
+        return process
+
+    def train(self, output: str, *arguments: Any, before: Any = None, fails: bool = False) -> str:
+        """A run to its end; what it printed."""
+        process = self.start(output, *arguments, before=before)
+        process.join(300)
+        said = (self.folder / f"{output}.said").read_text()
+        assert process.exitcode == (1 if fails else 0), said[-5000:]
+        return said
+
+    def checkpoint(self, output: str, name: str = "model_final.pth") -> dict[str, Any]:
+        return torch.load(self.folder / output / name, weights_only=True)
+
+    def weights(self, output: str) -> dict[str, torch.Tensor]:
+        return self.checkpoint(output)["model"]
+
+    def metrics(self, output: str) -> list[dict[str, float]]:
+        """The lines of metrics.json, without what a clock decided."""
+        clock = ("time", "data_time", "rank_data_time", "eta_seconds")
+        lines = (self.folder / output / "metrics.json").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [{key: row[key] for key in row if key not in clock} for row in rows]
+
+
+def _train(folder: Path, output: str, arguments: list[Any], before: Any) -> None:
+    said = os.open(folder / f"{output}.said", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    torch.set_num_threads(1)
+    data = folder / "data"
+    annotations = data / "annotations" / "instances_train.json"
+    register_coco_instances(
+        DATASET, {"thing_classes": list(LAMP_COLORS)}, str(annotations), str(data / "train")
+    )
+    main = runpy.run_path(str(TRAIN_NET))["main"]
+    if before is not None:
+        before()
+    main(default_argument_parser().parse_args([*map(str, arguments)]))
+
+
+def limit(kind: int, amount: int) -> None:
+    """Let this process have no more of something."""
+    resource.setrlimit(kind, (amount, amount))

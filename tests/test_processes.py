@@ -1,6 +1,6 @@
 """Many processes, over gloo: real ones, by torchrun and by detectron2's flags.
 
-Tried by hand, and seen to fail: TRIED
+Tried by hand, and seen to fail: the statistics of one process in place of those of all.
 """
 
 from __future__ import annotations

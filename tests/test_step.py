@@ -1,9 +1,4 @@
-"""One step of the optimiser: its passes, its precision, what it saves; in one process.
-
-Tried by hand, and seen to fail: losses not divided by the number of passes; the metrics of the last
-pass alone; clipping before gradients are unscaled; RoI pooling in bfloat16; the scale not saved;
-evaluation after an error.
-"""
+"""One step of the optimiser: its passes, its precision, what it saves; in one process."""
 
 from __future__ import annotations
 

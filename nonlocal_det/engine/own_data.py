@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-import tempfile
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -135,7 +133,9 @@ def _registered_files(cfg: CfgNode) -> dict[str, tuple[str, str]]:
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") != "coco":
-            raise ValueError(f"Dataset {name!r} is not in COCO's format: it cannot be checked.")
+            raise ValueError(
+                f"Dataset {name!r} is not registered in COCO's format: it cannot be checked."
+            )
         files[name] = PathManager.get_local_path(metadata.json_file), metadata.image_root
     return files
 
@@ -187,7 +187,7 @@ def fitting(cfg: CfgNode, report: Report) -> dict[str, Any]:
 def flip_map(names: list[str]) -> list[tuple[str, str]]:
     """The keypoints that change places in a mirrored picture: ``left_x`` and ``right_x``."""
     by_lower_name = {name.lower(): name for name in names}
-    partners = {name: re.sub("left", "right", name.lower()) for name in names}
+    partners = {name: name.lower().replace("left", "right") for name in names}
     return [
         (name, by_lower_name[partner])
         for name, partner in partners.items()
@@ -215,6 +215,6 @@ def _write(report: Report, path: str) -> None:
     if comm.get_local_rank():
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path), delete=False) as file:
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
         json.dump(report.content, file)
-    os.replace(file.name, path)
+    os.replace(f"{path}.new", path)

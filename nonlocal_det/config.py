@@ -97,7 +97,7 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
         said = " ".join(str(error).split())
         raise ValueError(f"{config_file!r} cannot be read as YAML: {said}.") from error
     except AttributeError as error:
-        raise ValueError(f"{config_file!r} holds no keys with values, or its base.") from error
+        raise ValueError(f"{config_file!r} or its base holds no keys with values.") from error
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(_explain(error, known)) from error
     return cfg

@@ -4,8 +4,9 @@ Every row is tried in a folder that holds an earlier run's output; afterwards al
 were, bit for bit, and no other is there. Rows run in this process, for speed, by the scripts' own
 main functions; some run again as processes, for the exit status and for what the screen shows.
 
-Tried by hand, and seen to fail: a check after the output folder's config.yaml is written; weights
-loaded without looking at what fits; a dataset's report that stops at the first problem.
+Seen to fail while what they test was not there: YAML that is no mapping, a checkpoint of which
+nothing fits, no dataset at all, a JSON list of numbers, zero images to measure, overrides of
+keys that a LazyConfig does not have, an output checked only after the work.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Your own data: what the check finds, and real runs of tools/train_net.py on them.
 
-Tried by hand, and seen to fail: left-out annotations kept in the file that is trained on; classes
-numbered by the order of the file; keypoints of the model left at COCO's 17; EXIF's turn ignored;
-images compared by name alone.
+Tried by hand, and seen to fail: EXIF's turn ignored.
 """
 
 from __future__ import annotations

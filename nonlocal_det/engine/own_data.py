@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -134,7 +133,9 @@ def _registered_files(cfg: CfgNode) -> dict[str, tuple[str, str]]:
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") != "coco":
-            raise ValueError(f"Dataset {name!r} is not in COCO's format: it cannot be checked.")
+            raise ValueError(
+                f"Dataset {name!r} is not registered in COCO's format: it cannot be checked."
+            )
         files[name] = PathManager.get_local_path(metadata.json_file), metadata.image_root
     return files
 
@@ -186,7 +187,7 @@ def fitting(cfg: CfgNode, report: Report) -> dict[str, Any]:
 def flip_map(names: list[str]) -> list[tuple[str, str]]:
     """The keypoints that change places in a mirrored picture: ``left_x`` and ``right_x``."""
     by_lower_name = {name.lower(): name for name in names}
-    partners = {name: re.sub("left", "right", name.lower()) for name in names}
+    partners = {name: name.lower().replace("left", "right") for name in names}
     return [
         (name, by_lower_name[partner])
         for name, partner in partners.items()

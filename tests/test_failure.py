@@ -1,6 +1,7 @@
 """What ends a run: diverging, a full disk, full memory. Real ones, in runs of tools/train_net.py.
 
-Tried by hand, and seen to fail: PLACEHOLDER
+Tried by hand, and seen to fail: taking a checkpoint for whole without its checksums; writing a file
+in place.
 """
 
 from __future__ import annotations

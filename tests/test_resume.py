@@ -1,6 +1,7 @@
 """Stopping and resuming, with real runs of tools/train_net.py that are really killed.
 
-Tried by hand, and seen to fail: PLACEHOLDER
+Tried by hand, and seen to fail: steps that draw on from one random state; checkpoints without the
+optimiser, as detectron2 0.5's are.
 """
 
 from __future__ import annotations

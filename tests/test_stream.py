@@ -1,7 +1,4 @@
-"""The order of the pictures and their random draws: of a seed and a place, and nothing else.
-
-Tried by hand, and seen to fail: PLACEHOLDER
-"""
+"""The order of the pictures and their random draws: of a seed and a place, and nothing else."""
 
 from __future__ import annotations
 

@@ -73,7 +73,8 @@ class ResumeHook(HookBase):
         for name, scalar in self._scalars.items():
             newest = scalar["values"][-1][1]
             if newest == iteration or newest > written:
-                for value, storage.iter in scalar["values"]:
+                for value, put_at in scalar["values"]:
+                    storage.iter = put_at
                     storage.put_scalar(name, value, smoothing_hint=scalar["smoothing"])
 
     def _finish(self, iteration: int, written: Optional[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 BESIDE = ".tmp"  # ends the name of a file that is being written
+_REMAINS = re.compile(r"[0-9a-f]{16}-.+\.tmp")
 
 
 def check_folder(path: str, option: str = "--output") -> None:
@@ -47,7 +49,7 @@ def whole_file(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     """
     folder, name = os.path.split(path)
     # Processes of several machines may write the same file on a disk that they share.
-    beside = os.path.join(folder, f"{secrets.token_hex(4)}-{name}{BESIDE}")
+    beside = os.path.join(folder, f"{secrets.token_hex(8)}-{name}{BESIDE}")
     try:
         with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -59,6 +61,13 @@ def whole_file(path: str, mode: str = "w") -> Iterator[IO[Any]]:
             os.remove(beside)
         raise
     _sync_folder(folder or ".")
+
+
+def remove_remains(folder: str) -> None:
+    """Remove what killed programs were writing into a folder, which may not exist."""
+    if os.path.isdir(folder):
+        for name in filter(_REMAINS.fullmatch, os.listdir(folder)):
+            os.remove(os.path.join(folder, name))
 
 
 def _sync_folder(folder: str) -> None:

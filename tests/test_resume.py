@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_newest_whole_one(place: Place) ->
     (folder / "model_final.pth").write_bytes((folder / "model_final.pth").read_bytes()[:-1])
     (folder / "model_0000005.pth").unlink()
     (folder / "foreign.pth").write_bytes((folder / "model_0000001.pth").read_bytes())
-    (folder / f"model_0000005.pth{BESIDE}").write_bytes(b"what a killed run left")
+    (folder / f"0123456789abcdef-model_0000005.pth{BESIDE}").write_bytes(b"of a killed run")
     said = place.train("damaged", "--resume")
     assert "Starting training from iteration 4" in said
     assert "model_final.pth, is damaged or missing" in said

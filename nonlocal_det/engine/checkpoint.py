@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from detectron2.utils.file_io import PathManager
 
-from ..files import BESIDE, whole_file
+from ..files import remove_remains, whole_file
 from ..modeling.checkpoint import NonLocalCheckpointer
 
 
@@ -42,15 +42,8 @@ class WholeCheckpointer(NonLocalCheckpointer):
                 f"{name}.pth was not written: weights are not finite, {wrong[0]} for one, though "
                 f"the losses were."
             )
-        self._remove_remains()
+        remove_remains(self.save_dir)  # only one process saves: it is alone here
         super().save(name, **kwargs)
-
-    def _remove_remains(self) -> None:
-        """Remove what a killed run was writing. Only a run that saves may: it is alone here."""
-        if os.path.isdir(self.save_dir):
-            for name in os.listdir(self.save_dir):
-                if name.endswith(BESIDE):
-                    os.remove(os.path.join(self.save_dir, name))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As detectron2's; where the last checkpoint is damaged, from the newest that is whole.

@@ -24,7 +24,6 @@ from analyze_model import build as build_to_count
 from benchmark import processor
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
-from nonlocal_det.engine.files import whole_file
 from torch import nn
 from whole_model import train as train_step
 
@@ -36,6 +35,7 @@ from nonlocal_det.compare.suite import Suite, read_suite
 from nonlocal_det.compare.summary import tables
 from nonlocal_det.config import load_config
 from nonlocal_det.engine import Trainer, check_dataset, one_sentence_errors
+from nonlocal_det.files import whole_file
 from nonlocal_det.modeling.places import check_positions
 
 TRAIN_NET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_net.py")

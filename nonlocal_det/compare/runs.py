@@ -19,8 +19,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
-from ..engine.files import whole_file
 from ..engine.record import read_record
+from ..files import whole_file
 from .distance import ap_by_distance
 from .suite import Run, Suite
 

@@ -118,7 +118,7 @@ def test_the_record_of_a_run(place: Place) -> None:
     if commit.returncode == 0:
         assert start["git"]["nonlocal_det"]["commit"] == commit.stdout.decode().strip()
     weights = ("MODEL.WEIGHTS", place.folder / "recorded" / "model_final.pth")
-    place.train("recorded", "--eval-only", *weights)
+    place.train("recorded", "--eval-only", *weights, "DATASETS.TEST", [DATASET])
     assert len(record(place, "recorded")) == 1
     (place.folder / "recorded" / "run.json").write_text("[1")
     said = place.train("recorded", "--resume", "SEED", -1, fails=True)

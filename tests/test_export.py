@@ -1,8 +1,8 @@
 """Whole detectors leave Python, by the command, and give elsewhere what they give here.
 
 Broken by hand to see a test fail, each of these failed at least one test here: sizes fixed in the
-ONNX file; outputs under each other's names; a difference of 1% let pass; blocks left out of the
-trace; pooling by -inf in onnxruntime; a mask fixed in the trace.
+ONNX file; outputs under each other's names; a difference of 1% let pass; cells of padding found by
+their -inf after pooling, which onnxruntime does not always give.
 """
 
 from __future__ import annotations

@@ -157,22 +157,19 @@ def test_a_run_goes_on_in_another_precision(first, second):
     step(second).load_state_dict(step(first).state_dict())
 
 
-def test_a_detector_learns_in_bfloat16_on_a_cpu():
-    """As in float32, but for the luck of its samples."""
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_a_detector_learns_on_a_cpu(precision):
     cfg = zoo_config(MASK)
     cfg.MODEL.NONLOCAL.POSITIONS = ("res4[-2]",)
-    data, last = images(cfg, (64, 64), (64, 64)), {}
-    for precision in (None, torch.bfloat16):
-        model = build_tame(cfg)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
-        step = Step(model, [data] * 30, optimizer, passes=2, precision=precision)
-        losses = Losses()
-        step.register_hooks([losses])
-        torch.manual_seed(1)
-        step.train(0, 30)
-        last[precision] = sum(losses.seen[-5:]) / 5
-        assert last[precision] < 0.7 * losses.seen[0]
-    assert last[torch.bfloat16] == pytest.approx(last[None], rel=0.3)
+    data = images(cfg, (64, 64), (64, 64))
+    model = build_tame(cfg)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+    step = Step(model, [data] * 30, optimizer, passes=2, precision=precision)
+    losses = Losses()
+    step.register_hooks([losses])
+    torch.manual_seed(1)
+    step.train(0, 30)
+    assert sum(losses.seen[-5:]) / 5 < 0.7 * losses.seen[0]
 
 
 class Losses(HookBase):

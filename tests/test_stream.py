@@ -166,8 +166,3 @@ def test_two_processes_share_the_pictures_and_draw_apart(tmp_path: Path) -> None
     assert not {p[1] for batch in first for p in batch} & {p[1] for b in second for p in b}
     for rank, expected in ((0, first), (1, second)):
         assert torch.load(tmp_path / f"{rank}-3") == expected[3:]
-
-
-def test_processes_that_cannot_share_a_batch() -> None:
-    with pytest.raises(ValueError, match="0 pictures at once, SOLVER.IMS_PER_BATCH"):
-        stream(total_batch_size=0)

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.file_io import PathManager
 
 from ..layers.base import check_count
@@ -41,6 +41,8 @@ def check_run(cfg: CfgNode, args: Namespace, device: str) -> None:
     if not args.eval_only:
         _check_solver(cfg, process_count(args), device)
     model = rehearse(cfg)
+    if cfg.TEST.AUG.ENABLED:
+        _check_augmentation(cfg, model)
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if not (args.resume and os.path.exists(last)):
         check_weights(cfg.MODEL.WEIGHTS, model, evaluates=args.eval_only)
@@ -55,6 +57,21 @@ def _check_solver(cfg: CfgNode, processes: int, device: str) -> None:
     pictures = Trainer.auto_scale_workers(cfg, processes).SOLVER.IMS_PER_BATCH
     passes = {"SOLVER.ACCUMULATION_STEPS": solver.ACCUMULATION_STEPS}
     check_batch({"SOLVER.IMS_PER_BATCH": pictures}, passes, processes)
+
+
+def _check_augmentation(cfg: CfgNode, model: nn.Module) -> None:
+    """See that detectron2's test-time augmentation can do with a model."""
+    if cfg.MODEL.KEYPOINT_ON:
+        raise ValueError(
+            "TEST.AUG.ENABLED and MODEL.KEYPOINT_ON are both True, and detectron2's test-time "
+            "augmentation is for boxes and masks alone; set TEST.AUG.ENABLED to False."
+        )
+    if not isinstance(model, GeneralizedRCNN):
+        raise ValueError(
+            f"TEST.AUG.ENABLED is True, and detectron2's test-time augmentation is for "
+            f"MODEL.META_ARCHITECTURE 'GeneralizedRCNN', which {cfg.MODEL.META_ARCHITECTURE!r} is "
+            f"not; set TEST.AUG.ENABLED to False."
+        )
 
 
 def check_batch(pictures: dict[str, int], passes: dict[str, int], processes: int) -> None:

@@ -34,6 +34,8 @@ setup(
         "pycocotools",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff", "onnx", "onnxruntime", "onnxscript", "selenium"]
+        # COCO's measures in C++, for a detectron2 that was not compiled.
+        "fast": ["faster-coco-eval"],
+        "test": ["pytest", "hypothesis", "ruff", "onnx", "onnxruntime", "onnxscript", "selenium"],
     },
 )

@@ -268,6 +268,10 @@ TRAIN = {
     ),
     "an unknown flag": (["--train-jsn", "own.json"], ["--train-jsn"]),
     "a flag without its value": (train("--num-gpus"), ["--num-gpus", "OUTPUT_DIR"]),
+    "augmented keypoints": (
+        train("TEST.AUG.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"),
+        ["TEST.AUG.ENABLED", "MODEL.KEYPOINT_ON", "boxes and masks"],
+    ),
     "own data of an earlier run": (
         train("DATASETS.TEST", "('own_val',)"),
         ["own_val", "--val-json"],

@@ -9,6 +9,7 @@ from argparse import Namespace
 import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
 from ..files import check_folder
@@ -35,6 +36,8 @@ def check_run(cfg: CfgNode, args: Namespace, device: str) -> None:
         _check_solver(cfg, process_count(args), device)
     model = build_without_memory(cfg)
     _build_solver(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        _check_augmentation(cfg, model)
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if not (args.resume and os.path.exists(last)):
         check_weights(cfg.MODEL.WEIGHTS, model, evaluates=args.eval_only)
@@ -61,6 +64,21 @@ def _build_solver(cfg: CfgNode, model: nn.Module) -> None:
             f"{cfg.SOLVER.STEPS} and MAX_ITER {cfg.SOLVER.MAX_ITER} cannot be built: "
             f"{said_by(error)}."
         ) from error
+
+
+def _check_augmentation(cfg: CfgNode, model: nn.Module) -> None:
+    """See that detectron2's test-time augmentation can do with a model."""
+    if cfg.MODEL.KEYPOINT_ON:
+        raise ValueError(
+            "TEST.AUG.ENABLED and MODEL.KEYPOINT_ON are both True, and detectron2's test-time "
+            "augmentation is for boxes and masks alone; set TEST.AUG.ENABLED to False."
+        )
+    if not isinstance(model, GeneralizedRCNN):
+        raise ValueError(
+            f"TEST.AUG.ENABLED is True, and detectron2's test-time augmentation is for "
+            f"MODEL.META_ARCHITECTURE 'GeneralizedRCNN', which {cfg.MODEL.META_ARCHITECTURE!r} is "
+            f"not; set TEST.AUG.ENABLED to False."
+        )
 
 
 def check_batch(pictures: dict[str, int], passes: dict[str, int], processes: int) -> None:

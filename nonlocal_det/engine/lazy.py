@@ -13,10 +13,11 @@ import torch.nn as nn
 from detectron2.config import instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import default_setup, default_writers, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from omegaconf import DictConfig
 
 from ..config import load_lazy_config
+from ..evaluation import ReportingCOCOEvaluator
 from ..files import check_folder
 from ..modeling.checks import check_device
 from .checkpoint import WholeCheckpointer
@@ -126,11 +127,20 @@ class LazyTrainer(Step):
         return instantiate(loader)
 
     @classmethod
+    def build_evaluator(cls, cfg: DictConfig) -> Any:
+        """As configured; detectron2's own for COCO with our files, in the output folder."""
+        evaluator = cfg.dataloader.evaluator
+        if evaluator._target_ is COCOEvaluator:
+            evaluator._target_ = ReportingCOCOEvaluator
+            folder = evaluator.get("output_dir")
+            evaluator.output_dir = folder or os.path.join(cfg.train.output_dir, "inference")
+        return instantiate(evaluator)
+
+    @classmethod
     def test(cls, cfg: DictConfig, model: nn.Module) -> Any:
         """Evaluate on the test set; the results."""
-        results = inference_on_dataset(
-            model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-        )
+        evaluator = cls.build_evaluator(cfg)
+        results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
         if comm.is_main_process():
             print_csv_format(results)
         return results

@@ -15,7 +15,6 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import (
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
@@ -26,6 +25,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from detectron2.utils.logger import setup_logger
 
 from ..attention.hook import AttentionHook
+from ..evaluation import ReportingCOCOEvaluator
 from ..layers.base import choose
 from ..modeling.places import used_features
 from .checkpoint import WholeCheckpointer
@@ -147,7 +147,9 @@ class Trainer(EndsAlone, DefaultTrainer):
             evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
         if kind in ("coco", "coco_panoptic_seg"):
             sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-            evaluators.append(COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas))
+            evaluators.append(
+                ReportingCOCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)
+            )
         if kind == "coco_panoptic_seg":
             evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
         if not evaluators:

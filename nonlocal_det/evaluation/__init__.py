@@ -1,0 +1,5 @@
+"""COCO's measures: quickly, with each class's in a table, and their curves."""
+
+from .coco import ReportingCOCOEvaluator
+
+__all__ = ["ReportingCOCOEvaluator"]

@@ -1,0 +1,274 @@
+"""COCO's measures: the fast ones are pycocotools', and the files say the same.
+
+Detections are made from the objects of real COCO pictures and of lamps: shifted, missed, doubled,
+of another class, and with scores that tie.
+
+Tried by hand, and seen to fail: one IoU left out of the fast evaluation; crowds counted as
+objects; AP50's column at .75; a figure without its first class; test-time augmentation that
+returns the plain model's results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import coco_evaluation
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tiny_training import DATASET, Place
+
+from nonlocal_det import add_nonlocal_config
+from nonlocal_det.data import LampsParams, write_dataset
+from nonlocal_det.engine import Trainer
+from nonlocal_det.evaluation import ReportingCOCOEvaluator, fast
+from nonlocal_det.evaluation.curves import precision_recall_figure
+from nonlocal_det.evaluation.table import class_table
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "coco" / "annotations"
+TASKS = ("bbox", "segm", "keypoints")
+
+
+def quietly(function, *arguments, **options):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*arguments, **options)
+
+
+def made_detections(truth, task, seed=0):
+    """In COCO's format, for its ``truth``."""
+    rng = np.random.default_rng(seed)
+    classes = truth.getCatIds()
+    detections = []
+    for one in truth.loadAnns(truth.getAnnIds()):
+        for _ in range(rng.choice(3, p=[0.2, 0.6, 0.2])):
+            shift = rng.normal(scale=0.1, size=2) * one["bbox"][2:]
+            found = {
+                "image_id": one["image_id"],
+                "category_id": int(rng.choice(classes))
+                if rng.random() < 0.1
+                else one["category_id"],
+                "score": round(float(rng.random()), 1),
+            }
+            if task == "bbox":
+                stretch = one["bbox"][2:] * rng.uniform(0.8, 1.2, 2)
+                found["bbox"] = [*(one["bbox"][:2] + shift), *stretch]
+            elif task == "segm":
+                moved = np.roll(truth.annToMask(one), shift.astype(int), axis=(1, 0))
+                found["segmentation"] = rle.encode(np.asfortranarray(moved))
+            elif one["num_keypoints"]:
+                points = np.array(one["keypoints"], dtype=float).reshape(-1, 3)
+                spread = 0.3 * rng.random() * np.sqrt(one["area"]) / 3
+                points[:, :2] += rng.normal(scale=spread, size=(len(points), 2))
+                found["keypoints"] = points.flatten().tolist()
+            else:
+                continue
+            detections.append(found)
+    return detections
+
+
+def measured(kind, truth, detections, task):
+    truth = copy.deepcopy(truth)  # an evaluation leaves marks in it
+    evaluation = kind(truth, quietly(truth.loadRes, copy.deepcopy(detections)), task)
+    quietly(evaluation.evaluate)
+    quietly(evaluation.accumulate)
+    quietly(evaluation.summarize)
+    return evaluation
+
+
+def assert_equal_measures(truth, task, detections):
+    official = measured(COCOeval, truth, detections, task)
+    quick = measured(fast.FastCOCOeval, truth, detections, task)
+    assert len(quick.stats) == len(official.stats) == (10 if task == "keypoints" else 12)
+    # Precisions differ in the last bit: pycocotools adds one to each denominator.
+    assert quick.stats == pytest.approx(official.stats, rel=0, abs=1e-15)
+    for key in ("precision", "recall", "scores"):
+        assert np.allclose(quick.eval[key], official.eval[key], rtol=0, atol=1e-15), key
+    assert 0.05 < official.stats[0] < 0.95
+    return official
+
+
+@pytest.fixture(scope="module")
+def lamps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lamps")
+    params = LampsParams(side=(48, 80), num_shapes=(1, 3), shape_size=(12, 30), lamp_size=(8, 10))
+    write_dataset(str(folder), "val", 40, params=params)
+    file = folder / "annotations" / "instances_val.json"
+    register_coco_instances("evaluated_lamps", {}, str(file), str(folder / "val"))
+    DatasetCatalog.get("evaluated_lamps")  # fills the metadata
+    yield quietly(COCO, str(file))
+    DatasetCatalog.remove("evaluated_lamps")
+    MetadataCatalog.remove("evaluated_lamps")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs some COCO 2017 in ../shared/data/coco")
+@pytest.mark.parametrize("task", TASKS)
+def test_fast_measures_are_pycocotools_on_real_coco(task):
+    start = "person_keypoints" if task == "keypoints" else "instances"
+    truth = quietly(COCO, str(REAL / f"{start}_val2017.json"))
+    assert any(one["iscrowd"] for one in truth.anns.values())
+    assert_equal_measures(truth, task, made_detections(truth, task))
+
+
+@pytest.mark.parametrize("task", ("bbox", "segm"))
+def test_fast_measures_are_pycocotools_on_lamps(lamps, task):
+    assert_equal_measures(lamps, task, made_detections(lamps, task))
+
+
+def evaluated(lamps, detections, folder, **options):
+    """The evaluator's results on made detections, and the class that measured."""
+    kinds = []
+
+    class Evaluator(ReportingCOCOEvaluator):
+        def _derive_coco_results(self, coco_eval, *rest, **more):
+            kinds.append(type(coco_eval))
+            return super()._derive_coco_results(coco_eval, *rest, **more)
+
+    evaluator = Evaluator("evaluated_lamps", distributed=False, output_dir=str(folder), **options)
+    detections = copy.deepcopy(detections)
+    for one in detections:
+        one["category_id"] -= 1  # as a model gives them, from 0
+        if "segmentation" in one:
+            one["segmentation"]["counts"] = one["segmentation"]["counts"].decode()
+    evaluator._predictions = [{"image_id": 1, "instances": detections}]
+    return quietly(evaluator.evaluate), kinds
+
+
+def rows_of(file):
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_the_evaluator_is_quick_and_gives_detectron2s_results(lamps, tmp_path):
+    detections = made_detections(lamps, "segm")
+    quick, kinds = evaluated(lamps, detections, tmp_path / "quick")
+    own = getattr(coco_evaluation, "COCOeval_opt", COCOeval)
+    assert kinds == [fast.FastCOCOeval if own is COCOeval else own] * 2
+    assert coco_evaluation.COCOeval is COCOeval  # again
+    official, kinds = evaluated(lamps, detections, tmp_path / "own", use_fast_impl=False)
+    assert kinds == [COCOeval] * 2
+    assert quick.keys() == official.keys() == {"bbox", "segm"}
+    for task in quick:
+        assert quick[task] == pytest.approx(official[task], rel=0, abs=1e-12, nan_ok=True)
+        rows = rows_of(tmp_path / "quick" / f"evaluated_lamps_{task}_per_class.csv")
+        assert rows == rows_of(tmp_path / "own" / f"evaluated_lamps_{task}_per_class.csv")
+        for row in rows:
+            assert float(row["AP"]) == pytest.approx(official[task][f"AP-{row['class']}"], abs=1e-3)
+        mean = np.mean([float(row["AP50"]) for row in rows])
+        assert mean == pytest.approx(official[task]["AP50"], abs=1e-3)
+        picture = tmp_path / "quick" / f"evaluated_lamps_{task}_precision_recall.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_the_fast_package_pycocotools_measures(lamps, tmp_path, monkeypatch):
+    monkeypatch.setattr(fast, "COCOeval_faster", None)
+    kinds = evaluated(lamps, made_detections(lamps, "segm"), tmp_path)[1]
+    assert kinds == [getattr(coco_evaluation, "COCOeval_opt", COCOeval)] * 2
+
+
+def test_what_found_nothing_leaves_no_older_files(lamps, tmp_path):
+    evaluated(lamps, made_detections(lamps, "segm"), tmp_path)
+    evaluated(lamps, [], tmp_path)
+    assert not list(tmp_path.glob("*bbox_*"))
+
+
+@pytest.fixture()
+def by_hand():
+    """Class 1: two objects and a crowd; class 2: none. Class 3: one, with keypoints or without."""
+    boxes = {1: [0, 0, 10, 10], 2: [20, 0, 10, 10], 3: [40, 0, 50, 50], 4: [0, 60, 10, 10]}
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": 1, "height": 100, "width": 100}],
+        "categories": [{"id": k, "name": name} for k, name in ((1, "a"), (2, "b"), (3, "c"))],
+        "annotations": [
+            {
+                **{"id": k, "image_id": 1, "category_id": 3 if k == 4 else 1, "bbox": box},
+                **{"area": box[2] * box[3], "iscrowd": int(k == 3)},
+                **{"keypoints": [1, 1, 2] * 17, "num_keypoints": 0 if k == 2 else 17},
+            }
+            for k, box in boxes.items()
+        ],
+    }
+    quietly(truth.createIndex)
+    return truth
+
+
+@pytest.mark.parametrize("kind", (COCOeval, fast.FastCOCOeval))
+def test_table_by_hand(by_hand, kind):
+    # Object 1 is found whole, object 2 not, 4 with an IoU of 0.6: at .50, .55 and .60.
+    found = [(1, [0, 0, 10, 10]), (3, [0, 60, 10, 6])]
+    detections = [{"image_id": 1, "category_id": k, "bbox": box, "score": 0.9} for k, box in found]
+    table = class_table(measured(kind, by_hand, detections, "bbox"))
+    # COCO reads precision at recalls 0, .01, ... 1: 51 of 101 are not above one half.
+    half = 100 * 51 / 101
+    nan = float("nan")
+    assert table[0][:2] == ("a", 2) and table[0][2:] == pytest.approx((half, half, half, 50))
+    assert table[1][:2] == ("b", 0) and table[1][2:] == pytest.approx([nan] * 4, nan_ok=True)
+    assert table[2][:2] == ("c", 1) and table[2][2:] == pytest.approx((30, 100, 0, 30))
+
+
+@pytest.mark.parametrize("kind", (COCOeval, fast.FastCOCOeval))
+def test_table_of_keypoints_counts_objects_that_have_some(by_hand, kind):
+    detections = [{"image_id": 1, "category_id": 1, "keypoints": [1, 1, 2] * 17, "score": 0.9}]
+    table = class_table(measured(kind, by_hand, detections, "keypoints"))
+    assert [row.objects for row in table] == [1, 0, 1]
+    assert table[0].ap == pytest.approx(100)
+
+
+@pytest.mark.parametrize("count", (1, 3, 80))
+def test_curves_are_what_was_measured(count):
+    rng = np.random.default_rng(0)
+    params = SimpleNamespace(
+        iouThrs=np.linspace(0.5, 0.95, 10), recThrs=np.linspace(0, 1, 101), iouType="bbox"
+    )
+    precision = -np.sort(-rng.random((10, 101, count)), axis=1)
+    empty = -np.ones((10, 101, 1))  # a class without objects is not drawn
+    names = [f"class {k}" for k in range(count)]
+    figure = precision_recall_figure(
+        [*names, "empty"], np.concatenate([precision, empty], axis=2), params
+    )
+    expected = (precision[0], precision[5], precision.mean(axis=0))
+    for axis, curves in zip(figure.axes, expected):
+        drawn = {tuple(np.round(line.get_ydata(), 9)) for line in axis.lines}
+        wanted = [*curves.T, *([curves.mean(axis=1)] if count > 1 else [])]
+        assert drawn == {tuple(np.round(curve, 9)) for curve in wanted}
+        assert axis.get_title().endswith(f"AP {100 * curves.mean():.1f}")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(labels) == {1: 1, 3: 4, 80: 10}[count]
+
+
+def test_trainer_evaluates_by_it(lamps, tmp_path):
+    cfg = get_cfg()
+    add_nonlocal_config(cfg)
+    cfg.OUTPUT_DIR = str(tmp_path)
+    assert isinstance(Trainer.build_evaluator(cfg, "evaluated_lamps"), ReportingCOCOEvaluator)
+
+
+@pytest.mark.long
+def test_augmentation_evaluates_boxes_and_masks(tmp_path):
+    augmented = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(40,56)", "TEST.AUG.FLIP", True)
+    place = Place(tmp_path)
+    said = place.train(
+        "out",
+        "--eval-only",
+        *("DATASETS.TEST", f"('{DATASET}',)", "INPUT.MIN_SIZE_TEST", 48),
+        *augmented,
+    )
+    plain, together = (
+        json.loads((tmp_path / "out" / folder / "coco_instances_results.json").read_text())
+        for folder in ("inference", "inference_TTA")
+    )
+    assert "segm" in said
+    assert together and all("segmentation" in one and "bbox" in one for one in together)
+    assert {one["image_id"] for one in together} == {one["image_id"] for one in plain}
+    assert together != plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from argparse import Namespace
 from collections.abc import Iterable

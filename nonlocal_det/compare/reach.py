@@ -23,7 +23,7 @@ def reach(model: nn.Module, box_size: float, width: int, height: int = 64) -> fl
     Returns:
         The distance, to within a pixel; at most that of the last box inside the picture.
     """
-    picture = torch.zeros(1, 3, height, width, dtype=torch.float64)
+    picture = torch.ones(1, 3, height, width, dtype=torch.float64)  # zeros would be padding
     picture[..., 0] = torch.nan
     training, dtype = model.training, next(model.parameters()).dtype
     model.double().eval()

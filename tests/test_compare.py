@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from nonlocal_det.compare.distance import ap_by_distance
-from nonlocal_det.compare.reach import reach
+from nonlocal_det.compare.reach import reach_of
 from nonlocal_det.compare.runs import RESULT
 from nonlocal_det.compare.suite import read_suite
 from nonlocal_det.compare.summary import paired_difference, tables
@@ -121,7 +121,7 @@ def test_reach_is_that_of_the_convolutions() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     side = (7 + 2 * 2 + 3 * 2 * 4 + 4 * 2 * 8 + 6 * 2 * 16 - 1) / 2
     assert side == 145
-    distance = reach(model, 44, width=512)
+    distance = reach_of(model, 44, width=512)
     nearest = side + 44 / 2 - 44 / 14
     assert nearest <= distance <= nearest + 2 * 16
     assert model.training and all(
@@ -131,7 +131,7 @@ def test_reach_is_that_of_the_convolutions() -> None:
 
 def test_a_block_sees_everything() -> None:
     cfg = load_config(str(CONFIG), ["MODEL.NONLOCAL.POSITIONS", "('res4[-2]',)"])
-    assert reach(build_model(cfg), 44, width=512) >= 512 - 44 / 2 - 1
+    assert reach_of(build_model(cfg), 44, width=512) >= 512 - 44 / 2 - 1
 
 
 # ---- intervals
@@ -251,3 +251,15 @@ def test_a_comparison_from_training_to_tables(
     times = [file.stat().st_mtime_ns for file in results]
     main(arguments)
     assert [file.stat().st_mtime_ns for file in results] == times and len(times) == 2
+
+
+@pytest.mark.parametrize(
+    "file", sorted((PROJECT / "docs" / "evidence").glob("*.json")), ids=lambda file: file.stem
+)
+def test_the_report_shows_what_the_runs_left(file: Path) -> None:
+    text = (PROJECT / "docs" / "evidence.md").read_text()
+    report = json.loads(file.read_text())
+    rows = [line for line in tables(report).splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in text] == []
+    assert len({run["run"]["git"]["nonlocal_det"]["commit"] for run in report["runs"]}) == 1

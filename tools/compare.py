@@ -29,8 +29,8 @@ from whole_model import train as train_step
 
 from nonlocal_det.attention import save_figure
 from nonlocal_det.compare.plot import distance_plot
-from nonlocal_det.compare.reach import reach
-from nonlocal_det.compare.runs import train_all
+from nonlocal_det.compare.reach import reach_of
+from nonlocal_det.compare.runs import distances, train_all
 from nonlocal_det.compare.suite import Suite, read_suite
 from nonlocal_det.compare.summary import tables
 from nonlocal_det.config import load_config
@@ -127,7 +127,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
     total = len(suite.runs())
     print(f"{total} runs, {jobs} at once, below {args.output}", flush=True)
     results = []
-    with one_sentence_errors():
+    with one_sentence_errors(RuntimeError):
         for result in train_all(
             suite, args.output, [sys.executable, TRAIN_NET], jobs=jobs, threads=args.threads
         ):
@@ -141,7 +141,9 @@ def main(arguments: Optional[list[str]] = None) -> None:
         "runs": in_order(suite, results),
     }
     if suite.distances:
-        report["reach"] = measure_reach(suite)
+        reach = report["reach"] = measure_reach(suite)
+        for run, result in zip(suite.runs(), report["runs"]):
+            result.update(distances(suite, run, args.output, reach))
     write_report(report, args.output)
 
 
@@ -158,7 +160,7 @@ def measure_reach(suite: Suite) -> float:
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     size = max(max(a["bbox"][2:]) for record in records for a in record["annotations"])
     shape = records[0]["width"], records[0]["height"]
-    return reach(build_model(cfg), size, *shape) + suite.cue_radius
+    return reach_of(build_model(cfg), size, *shape) + suite.cue_radius
 
 
 def write_report(report: dict[str, Any], folder: str) -> None:

@@ -27,7 +27,7 @@ def distance_plot(report: Mapping[str, Any]) -> Figure:
     for panel, task in zip(panels, tasks):
         for number, variant in enumerate(variants(results)):
             by_range = [
-                list(values_by_seed(results, task, variant, "AP", i).values())
+                list(values_by_seed(results, task, variant, "by_distance", i, "AP").values())
                 for i in range(len(ranges))
             ]
             means = [statistics.fmean(values) for values in by_range]

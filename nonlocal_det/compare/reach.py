@@ -8,7 +8,7 @@ from torch import nn
 
 
 @torch.no_grad()
-def reach(model: nn.Module, box_size: float, width: int, height: int = 64) -> float:
+def reach_of(model: nn.Module, box_size: float, width: int, height: int = 64) -> float:
     """The receptive field of a box's pooled features, from the box's centre sideways, in pixels.
 
     A picture's first column is nan, and what that column has a part in becomes nan too: exactly,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -77,27 +78,40 @@ def train(
         "variant": run.variant,
         "seed": run.seed,
         "seconds": round(time.perf_counter() - start, 1),
-        **evaluated(suite, run, folder),
-        "run": read_record(folder)[-1],
+        "metrics": last_metrics(folder),
+        "run": shareable(read_record(folder)[-1]),
     }
     with whole_file(os.path.join(folder, RESULT)) as file:
         json.dump(result, file)
     return result
 
 
-def evaluated(suite: Suite, run: Run, folder: str) -> dict[str, Any]:
-    """The metrics that a run ended with, and its AP by distance if the suite names distances."""
+def shareable(start: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says of a start, without the places of this machine."""
+    kept = {key: start[key] for key in ("started", "seed", "versions", "git")}
+    arguments = [os.path.relpath(a) if os.path.isabs(a) else a for a in start["command"][1:]]
+    machine = {key: value for key, value in start["machine"].items() if key != "name"}
+    return {**kept, "command": shlex.join(["python", *arguments]), "machine": machine}
+
+
+def last_metrics(folder: str) -> dict[str, float]:
+    """AP, AP50 and AP75 of each task that a run ended with, by their names in metrics.json."""
     with open(os.path.join(folder, "metrics.json"), encoding="utf-8") as file:
         last = json.loads(file.readlines()[-1])
-    metrics = {key: value for key, value in last.items() if "/AP" in key}
-    if not suite.distances:
-        return {"metrics": metrics}
-    with open(
-        os.path.join(folder, "inference", "coco_instances_results.json"), encoding="utf-8"
-    ) as file:
+    return {key: value for key, value in last.items() if key.endswith(("/AP", "/AP50", "/AP75"))}
+
+
+def distances(suite: Suite, run: Run, output: str, reach: float) -> dict[str, Any]:
+    """A finished run's AP by the suite's ranges of distances, and by the one beyond ``reach``."""
+    folder = os.path.join(output, run.folder, "inference")
+    with open(os.path.join(folder, "coco_instances_results.json"), encoding="utf-8") as file:
         found = json.load(file)
     json_file = PathManager.get_local_path(_validation(suite, run))
-    return {"metrics": metrics, "by_distance": ap_by_distance(json_file, found, suite.distances)}
+    (beyond,) = ap_by_distance(json_file, found, (reach, suite.distances[-1]))
+    return {
+        "by_distance": ap_by_distance(json_file, found, suite.distances),
+        "beyond_reach": beyond,
+    }
 
 
 def _validation(suite: Suite, run: Run) -> str:

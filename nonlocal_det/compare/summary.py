@@ -6,7 +6,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from functools import reduce
+from operator import getitem
+from typing import Any
 
 # Student's t at 0.975, by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -54,26 +56,21 @@ def tables(report: Mapping[str, Any]) -> str:
     for task in dict.fromkeys(run["task"] for run in results):
         parts.append(f"Task: {task}\n\n" + overall_table(results, task, baseline))
         if "reach" in report:
-            parts.append(distance_table(results, task, baseline))
+            parts.append(distance_table(results, task, baseline, report["reach"]))
     return "\n".join([*parts, cost_table(report["costs"], baseline)])
 
 
-def values_by_seed(
-    results: Results, task: str, variant: str, metric: str, distance: Optional[int] = None
-) -> dict[int, float]:
-    """A metric of a variant's runs on a task, by seed.
+def values_by_seed(results: Results, task: str, variant: str, *keys: Any) -> dict[int, float]:
+    """A number of a variant's runs on a task, by seed.
 
     Args:
         results: what runs left.
         task: of the suite.
         variant: of the suite.
-        metric: such as "bbox/AP"; with ``distance``, "AP" or "AP50".
-        distance: index of a range of distances, or None for all objects.
+        keys: where the number is in a result, such as "metrics", "bbox/AP".
     """
     runs = [run for run in results if (run["task"], run["variant"]) == (task, variant)]
-    if distance is None:
-        return {run["seed"]: run["metrics"][metric] for run in runs}
-    return {run["seed"]: run["by_distance"][distance][metric] for run in runs}
+    return {run["seed"]: reduce(getitem, keys, run) for run in runs}
 
 
 def overall_table(results: Results, task: str, baseline: str) -> str:
@@ -82,8 +79,8 @@ def overall_table(results: Results, task: str, baseline: str) -> str:
     for variant in variants(results):
         row = [variant]
         for metric in ("bbox/AP", "bbox/AP50"):
-            values = values_by_seed(results, task, variant, metric)
-            before = values_by_seed(results, task, baseline, metric)
+            values = values_by_seed(results, task, variant, "metrics", metric)
+            before = values_by_seed(results, task, baseline, "metrics", metric)
             row.append(_spread(values))
             row.append("" if variant == baseline else str(paired_difference(values, before)))
         rows.append([*row, str(len(values))])
@@ -100,21 +97,25 @@ def cost_table(costs: Mapping[str, Mapping[str, float]], baseline: str) -> str:
     return markdown(["variant", "parameters", "MFLOPs", "ms a step", "MiB kept for backward"], rows)
 
 
-def distance_table(results: Results, task: str, baseline: str) -> str:
-    """A line a variant, a column a range of distances: AP and its paired difference."""
+def distance_table(results: Results, task: str, baseline: str, reach: float) -> str:
+    """A line a variant, a column a range of distances: AP and its paired difference.
+
+    The last column is of all objects whose cue is farther than ``reach`` pixels away.
+    """
     ranges = results[0]["by_distance"]
+    places = [*(("by_distance", i) for i in range(len(ranges))), ("beyond_reach",)]
     rows = []
     for variant in variants(results):
         cells = []
-        for i in range(len(ranges)):
-            values = values_by_seed(results, task, variant, "AP", i)
-            before = values_by_seed(results, task, baseline, "AP", i)
+        for place in places:
+            values = values_by_seed(results, task, variant, *place, "AP")
+            before = values_by_seed(results, task, baseline, *place, "AP")
             difference = "" if variant == baseline else f" ({paired_difference(values, before)})"
             cells.append(f"{statistics.fmean(values.values()):.1f}{difference}")
         rows.append([variant, *cells])
-    names = [f"{r['low']:g} to {r['high']:g} px" for r in ranges]
-    counts = ["objects", *(str(r["count"]) for r in ranges)]
-    return markdown(["variant", *names], [counts, *rows])
+    names = [f"{r['low']:g} to {r['high']:g} px" for r in ranges] + [f"beyond {reach:.0f} px"]
+    counts = [str(r["count"]) for r in (*ranges, results[0]["beyond_reach"])]
+    return markdown(["variant", *names], [["objects", *counts], *rows])
 
 
 def variants(results: Results) -> list[str]:

@@ -30,7 +30,7 @@ from nonlocal_det.modeling.places import check_positions
 
 PROJECT = Path(__file__).parents[1]
 SUITES = sorted((PROJECT / "configs" / "compare").glob("*.yaml"))
-CONFIG = PROJECT / "configs" / "lamps_long_R50_C4.yaml"
+CONFIG = PROJECT / "configs" / "Base-Lamps-Faster-RCNN-C4.yaml"
 
 
 # ---- AP by distance

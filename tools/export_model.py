@@ -179,7 +179,7 @@ def to_onnx(model: nn.Module, image: Tensor, path: str) -> Exported:
         adapter,
         (image,),
         path,
-        dynamo=False,  # the newer exporter does not take the loops of detectron2's heads
+        dynamo=False,
         opset_version=OPSET,
         input_names=["image"],
         output_names=[*names, "image_size"],

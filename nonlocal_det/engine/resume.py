@@ -12,6 +12,9 @@ from detectron2.engine import HookBase
 from .stream import TrainingStream, seed_step
 
 _WINDOW = 20  # values of a scalar that detectron2's writers look back on
+# How fast a run is starts anew: detectron2 measures it from the third step on, and until then an
+# old value would get a line of its own in the metrics.
+_TIMES = ("time", "eta_seconds")
 
 
 class ResumeHook(HookBase):
@@ -47,6 +50,7 @@ class ResumeHook(HookBase):
             "scalars": {
                 name: {"values": history.values()[-_WINDOW:], "smoothing": hints[name]}
                 for name, history in storage.histories().items()
+                if name not in _TIMES
             }
         }
 

@@ -30,8 +30,8 @@ from PIL import Image
 
 from nonlocal_det.config import load_config
 from nonlocal_det.data import register_lamps
-from nonlocal_det.data.check import KINDS, LEFT_OUT, STOPS
 from nonlocal_det.data.coco import annotation_file, ensure_dataset
+from nonlocal_det.data.report import KINDS, LEFT_OUT, STOPS
 from nonlocal_det.engine import Trainer, argument_parser, check_data
 from nonlocal_det.engine.own_data import own_data
 from nonlocal_det.engine.pictures import NamingMapper

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nonlocal_det.data.check import KINDS, check_coco, compare, image_size
+from nonlocal_det.data.check import check_coco, compare, image_size
 from nonlocal_det.data.coco import annotation_file, image_folder, write_dataset
+from nonlocal_det.data.report import KINDS
 from nonlocal_det.engine.own_data import flip_map
 
 PROJECT = Path(__file__).parents[1]

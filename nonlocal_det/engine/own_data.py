@@ -18,7 +18,8 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
-from ..data.check import Report, check_coco, compare
+from ..data.check import check_coco, compare
+from ..data.report import Report
 from ..files import whole_file
 
 # Names under which detectron2 knows the sets given on the command line.

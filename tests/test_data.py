@@ -29,6 +29,7 @@ from nonlocal_det.data import (
 )
 from nonlocal_det.data import coco as lamps_coco
 from nonlocal_det.data.builtin import DATASETS
+from nonlocal_det.data.painting import signed_distance
 
 FEW = {"train": 3, "val": 2}
 
@@ -107,9 +108,7 @@ def test_signed_distance_of_a_notched_square():
     ]
     for (x, y), expected in cases:
         for outline in (polygon, polygon[::-1]):
-            distance = nonlocal_det.data.lamps._signed_distance(
-                np.array([x]), np.array([y]), outline
-            )
+            distance = signed_distance(np.array([x]), np.array([y]), outline)
             np.testing.assert_allclose(distance, expected, err_msg=f"at {x, y}")
 
 

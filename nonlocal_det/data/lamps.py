@@ -20,6 +20,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .painting import (
+    blend,
+    box_around,
+    coverage,
+    cross,
+    overlap,
+    pixel_centers,
+    regular,
+    rounded,
+    signed_distance,
+    star,
+)
+
 # Shape letters: H, W: the picture's height and width in pixels. V: the vertices of one polygon.
 
 # Change this whenever the same seed and parameters would give other pictures or annotations.
@@ -238,52 +251,14 @@ def _random_polygon(rng: np.random.Generator) -> tuple[int, np.ndarray]:
     return kind % len(CATEGORIES["outline"]), turned
 
 
-def _regular(corners: int) -> np.ndarray:
-    angles = 2 * math.pi * np.arange(corners) / corners
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
-def _star(points: int, inner: float) -> np.ndarray:
-    star = _regular(2 * points)
-    star[1::2] *= inner
-    return star
-
-
-def _cross(arm: float) -> np.ndarray:
-    """A plus sign whose arms have the half width ``arm``, in units of their length."""
-    quarter = np.array([[arm, arm], [arm, 1.0], [-arm, 1.0]])
-    turns = [quarter]
-    for _ in range(3):
-        turns.append(turns[-1] @ np.array([[0.0, 1.0], [-1.0, 0.0]]))
-    return np.concatenate(turns)
-
-
-def _rounded(polygon: np.ndarray, share: float) -> np.ndarray:
-    """Rounds corners by quadratic Bezier curves, then scales the polygon to the unit circle.
-
-    Args:
-        polygon: (V, 2).
-        share: part of each edge that is given to the curve at each of its ends; below 0.5.
-
-    Returns:
-        (5 V, 2).
-    """
-    before = polygon + share * (np.roll(polygon, 1, axis=0) - polygon)
-    after = polygon + share * (np.roll(polygon, -1, axis=0) - polygon)
-    t = np.linspace(0, 1, 5)[None, :, None]
-    curve = (1 - t) ** 2 * before[:, None] + 2 * t * (1 - t) * polygon[:, None]
-    rounded = (curve + t**2 * after[:, None]).reshape(-1, 2)
-    return rounded / np.hypot(*rounded.T).max()
-
-
 # In turn round, pointed and square.
 _UNIT_POLYGONS = (
-    _regular(40),  # a disc: 40 corners stay within 0.1 pixel of the circle at these sizes
-    _rounded(_regular(3), 0.14),
-    _rounded(_regular(4), 0.12),
-    _rounded(_regular(6), 0.12),
-    _rounded(_star(5, 0.5), 0.12),
-    _rounded(_cross(0.36), 0.12),
+    regular(40),  # a disc: 40 corners stay within 0.1 pixel of the circle at these sizes
+    rounded(regular(3), 0.14),
+    rounded(regular(4), 0.12),
+    rounded(regular(6), 0.12),
+    rounded(star(5, 0.5), 0.12),
+    rounded(cross(0.36), 0.12),
 )
 
 
@@ -291,7 +266,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     """Returns a soft gradient in a random direction: (H, W, 3), float, 0 to 255."""
     first, last = np.array(_BACKGROUNDS[int(rng.integers(len(_BACKGROUNDS)))], dtype=float)
     angle = rng.uniform(0, 2 * math.pi)
-    x, y = _pixel_centers(0, 0, width, height)
+    x, y = pixel_centers(0, 0, width, height)
     along = math.cos(angle) * (x / width - 0.5) + math.sin(angle) * (y / height - 0.5)
     along = along / (abs(math.cos(angle)) + abs(math.sin(angle))) + 0.5  # 0 to 1 corner to corner
     return first + along[..., None] * (last - first)
@@ -300,110 +275,38 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 def _paint_lamp(canvas: np.ndarray, lamp: Lamp, reach: float) -> None:
     """Paints the lamp and a halo that ends exactly ``reach`` pixels from its centre, in place."""
     color = tuple(LAMP_COLORS.values())[lamp.color]
-    corner, x, y = _box(np.array([lamp.center]), reach)
+    corner, x, y = box_around(np.array([lamp.center]), reach)
     distance = np.hypot(x - lamp.center[0], y - lamp.center[1])
 
     fade = np.clip((reach - distance) / (reach - 0.5 * lamp.radius), 0, 1)
-    _blend(canvas, corner, color, 0.75 * fade**2)
-    _blend(canvas, corner, color, _coverage(distance - lamp.radius))
+    blend(canvas, corner, color, 0.75 * fade**2)
+    blend(canvas, corner, color, coverage(distance - lamp.radius))
     # A faint highlight inside makes the disc read as a light; its rim keeps the pure colour.
-    _blend(canvas, corner, _WHITE, 0.55 * np.clip(1 - distance / (0.75 * lamp.radius), 0, 1))
+    blend(canvas, corner, _WHITE, 0.55 * np.clip(1 - distance / (0.75 * lamp.radius), 0, 1))
 
 
 def _lamp_instance(lamp: Lamp, category: int, canvas: tuple[int, int]) -> Instance:
     """The lamp without its halo, as an object."""
     disc = _UNIT_POLYGONS[0] * lamp.radius + lamp.center
-    x, y = _pixel_centers(0, 0, canvas[1], canvas[0])
-    return Instance(category, disc, _signed_distance(x, y, disc) < 0)
+    x, y = pixel_centers(0, 0, canvas[1], canvas[0])
+    return Instance(category, disc, signed_distance(x, y, disc) < 0)
 
 
 def _make_shape(outline: int, polygon: np.ndarray, color: tuple[int, int, int]) -> _Shape:
-    corner, x, y = _box(polygon, _SHADOW_REACH)
-    return _Shape(outline, polygon, color, corner, _signed_distance(x, y, polygon))
+    corner, x, y = box_around(polygon, _SHADOW_REACH)
+    return _Shape(outline, polygon, color, corner, signed_distance(x, y, polygon))
 
 
 def _paint_shadow(canvas: np.ndarray, shape: _Shape) -> None:
     fade = np.clip((_SHADOW_REACH - shape.distance) / (2 * _SHADOW_REACH), 0, 1)
     corner = shape.corner[0] + _SHADOW_SHIFT[0], shape.corner[1] + _SHADOW_SHIFT[1]
-    _blend(canvas, corner, _BLACK, _SHADOW_STRENGTH * fade**2)
+    blend(canvas, corner, _BLACK, _SHADOW_STRENGTH * fade**2)
 
 
 def _paint_shape(canvas: np.ndarray, shape: _Shape) -> np.ndarray:
     """Paints a shape in place; returns its mask (H, W), bool: pixels whose centre is in it."""
-    _blend(canvas, shape.corner, shape.color, _coverage(shape.distance))
+    blend(canvas, shape.corner, shape.color, coverage(shape.distance))
     mask = np.zeros(canvas.shape[:2], dtype=bool)
-    on_canvas, on_box = _overlap(mask.shape, shape.corner, shape.distance.shape)
+    on_canvas, on_box = overlap(mask.shape, shape.corner, shape.distance.shape)
     mask[on_canvas] = shape.distance[on_box] < 0
     return mask
-
-
-def _box(points: np.ndarray, margin: float) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-    """Returns the box of whole pixels around points (N, 2): its first pixel, and its centres."""
-    left, top = np.floor(points.min(axis=0) - margin).astype(int)
-    right, bottom = np.ceil(points.max(axis=0) + margin).astype(int)
-    return (left, top), *_pixel_centers(left, top, right, bottom)
-
-
-def _pixel_centers(left: int, top: int, right: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns x as a row and y as a column, which broadcast to all pixels of a box."""
-    return np.arange(left, right)[None, :] + 0.5, np.arange(top, bottom)[:, None] + 0.5
-
-
-def _overlap(
-    canvas: tuple[int, ...], corner: tuple[int, int], box: tuple[int, int]
-) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Returns the part that a canvas and a box share, as (rows, columns) of each of the two.
-
-    Args:
-        canvas: its shape, (H, W, ...).
-        corner: the box's first pixel (x, y) on the canvas; may lie outside.
-        box: its shape, (height, width).
-    """
-    on_canvas, on_box = [], []
-    for size, start, extent in zip(canvas, reversed(corner), box):
-        first, last = max(start, 0), min(start + extent, size)
-        on_canvas.append(slice(first, last))
-        on_box.append(slice(first - start, last - start))
-    return tuple(on_canvas), tuple(on_box)
-
-
-def _blend(
-    canvas: np.ndarray, corner: tuple[int, int], color: tuple[int, int, int], alpha: np.ndarray
-) -> None:
-    """Mixes a colour into a box of the canvas, in place, as far as the box lies on it."""
-    on_canvas, on_box = _overlap(canvas.shape, corner, alpha.shape)
-    area = canvas[on_canvas]
-    area += alpha[on_box][..., None] * (np.array(color) - area)
-
-
-def _coverage(distance: np.ndarray) -> np.ndarray:
-    """How much of a pixel lies within an edge, from its centre's signed distance to the edge."""
-    return np.clip(0.5 - distance, 0, 1)
-
-
-def _signed_distance(x: np.ndarray, y: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """Returns the distance of points to a polygon's edge, negative inside it, in pixels.
-
-    Args:
-        x: coordinates of the points, in any shape.
-        y: likewise, in any shape that broadcasts with that of x.
-        polygon: (V, 2), without self-intersections, in either orientation.
-
-    Returns:
-        The distances, in the shape that x and y broadcast to.
-    """
-    shape = np.broadcast(x, y).shape
-    nearest = np.full(shape, np.inf)
-    inside = np.zeros(shape, dtype=bool)
-    for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0)):
-        edge_x, edge_y, from_x, from_y = x1 - x0, y1 - y0, x - x0, y - y0
-        squared_length = edge_x**2 + edge_y**2
-        along = from_x * (edge_x / squared_length) + from_y * (edge_y / squared_length)
-        along = np.clip(along, 0, 1)
-        squared = (from_x - along * edge_x) ** 2 + (from_y - along * edge_y) ** 2
-        np.minimum(nearest, squared, out=nearest)
-        # Even-odd rule: a ray from the point towards +x crosses this edge.
-        crosses = ((y0 <= y) != (y1 <= y)) & ((edge_x * from_y > edge_y * from_x) == (edge_y > 0))
-        inside ^= crosses
-    distance = np.sqrt(nearest)
-    return np.where(inside, -distance, distance)

@@ -17,7 +17,7 @@ import torch
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT / "tools"))
 
-import whole_model  # noqa: E402
+import benchmark_model  # noqa: E402
 
 CONFIG = str(PROJECT / "configs" / "lamps_mask_rcnn_R18_NL.yaml")
 
@@ -53,17 +53,17 @@ def test_wrong_arguments_end_with_one_sentence(arguments, said):
 
 
 def test_stock_and_blocks_do_the_same_work():
-    models = whole_model.build_both(CONFIG, "cpu")
-    inputs = whole_model.made_picture((64, 96), 3)
-    stock, blocks = (whole_model.losses(models[name], inputs) for name in ("stock", "blocks"))
+    models = benchmark_model.build_both(CONFIG, "cpu")
+    inputs = benchmark_model.made_picture((64, 96), 3)
+    stock, blocks = (benchmark_model.losses(models[name], inputs) for name in ("stock", "blocks"))
     assert stock.keys() == blocks.keys()
     assert all(torch.equal(stock[name], blocks[name]) for name in stock)
 
 
 def test_a_training_step_moves_nothing():
-    model = whole_model.build_both(CONFIG, "cpu")["blocks"]
+    model = benchmark_model.build_both(CONFIG, "cpu")["blocks"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    whole_model.train(model, whole_model.made_picture((64, 96), 3))
+    benchmark_model.train(model, benchmark_model.made_picture((64, 96), 3))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 

@@ -22,10 +22,10 @@ import torch
 from analyze_model import analyze
 from analyze_model import build as build_to_count
 from benchmark import processor
+from benchmark_model import train as train_step
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
-from whole_model import train as train_step
 
 from nonlocal_det.attention import save_figure
 from nonlocal_det.compare.plot import distance_plot

@@ -34,6 +34,7 @@ from tiny_models import (
 
 from nonlocal_det import PositionError
 from nonlocal_det.config import load_config
+from nonlocal_det.data import ensure_dataset
 from nonlocal_det.modeling import block_maker, insert_after_outputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,6 +158,18 @@ def test_training_resuming_and_evaluation(tmp_path):
     weights = f"train.init_checkpoint={tmp_path / 'output' / 'model_final.pth'}"
     done = run_tool(tmp_path, "--eval-only", *CONFIG, *SHORT, output, weights)
     assert "; no new block." in done.stdout and "copypaste: Task: bbox" in done.stdout
+
+
+@pytest.mark.parametrize(("split", "flags"), [("train", ()), ("val", ("--eval-only",))])
+def test_a_picture_that_cannot_be_read_is_named(split, flags, tmp_path):
+    ensure_dataset(str(tmp_path / "lamps"))
+    for path in (tmp_path / "lamps" / split).iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    output = f"train.output_dir={tmp_path / 'output'}"
+    done = run_tool(tmp_path, *flags, *CONFIG, *SHORT, output, fails=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("lazyconfig_train_net.py: error: ") and "truncated" in last
+    assert f"/lamps/{split}/0" in last and ("stopped at iteration 0" in last) == (not flags)
 
 
 @pytest.mark.parametrize(

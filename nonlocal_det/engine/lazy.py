@@ -12,8 +12,8 @@ import detectron2.utils.comm as comm
 import torch
 import torch.nn as nn
 from detectron2.config import instantiate
-from detectron2.data import build_detection_train_loader
-from detectron2.engine import default_setup, default_writers, hooks
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from omegaconf import DictConfig
 
@@ -24,10 +24,11 @@ from ..modeling.checks import check_device
 from .checkpoint import WholeCheckpointer
 from .checks import check_batch, check_dataset
 from .failure import FailureGuard
+from .pictures import NamingMapper
 from .processes import device_of, for_all_processes, process_count
-from .record import add_to_record, choose_seed
+from .record import choose_seed
 from .resume import ResumeHook
-from .setup import Checked, say_device
+from .setup import Checked, begin
 from .step import Step, mixed_precision
 from .stream import build_training_stream
 
@@ -48,12 +49,8 @@ def setup(args: Namespace) -> DictConfig:
     cfg, device, _ = checked_config(args)
     asked, cfg.train.device = cfg.train.device, device
     folder = cfg.train.output_dir
-    if not args.eval_only:
-        cfg.train.seed = choose_seed(cfg.train.seed, folder, args.resume)
-    default_setup(cfg, args)
-    if not args.eval_only:
-        add_to_record(folder, seed=cfg.train.seed, resume=args.resume)
-    say_device(asked, device)
+    cfg.train.seed = choose_seed(cfg.train.seed, folder, args)
+    begin(cfg, args, folder, cfg.train.seed, moved=asked != device)
     return cfg
 
 
@@ -94,6 +91,14 @@ def _precision(cfg: DictConfig, device: str) -> Optional[torch.dtype]:
     return mixed_precision("train.amp.dtype", amp.dtype, device)
 
 
+def _naming(loader: DictConfig) -> DictConfig:
+    """Have detectron2's own reader of pictures name one that cannot be read."""
+    mapper = loader.get("mapper")
+    if mapper is not None and mapper._target_ is DatasetMapper:
+        mapper._target_ = NamingMapper
+    return loader
+
+
 class LazyTrainer(Step):
     """Trains and evaluates a LazyConfig, as detectron2's own script for them does."""
 
@@ -125,7 +130,7 @@ class LazyTrainer(Step):
         if loader._target_ is build_detection_train_loader and loader.keys() <= _STREAM_OPTIONS:
             loader._target_ = build_training_stream
             loader.seed = cfg.train.seed
-        return instantiate(loader)
+        return instantiate(_naming(loader))
 
     @classmethod
     def build_evaluator(cls, cfg: DictConfig) -> Any:
@@ -141,7 +146,8 @@ class LazyTrainer(Step):
     def test(cls, cfg: DictConfig, model: nn.Module) -> Any:
         """Evaluate on the test set; the results."""
         evaluator = cls.build_evaluator(cfg)
-        results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
+        loader = instantiate(_naming(cfg.dataloader.test))
+        results = inference_on_dataset(model, loader, evaluator)
         if comm.is_main_process():
             print_csv_format(results)
         return results

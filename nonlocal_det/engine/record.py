@@ -8,6 +8,7 @@ import platform
 import secrets
 import subprocess
 import sys
+from argparse import Namespace
 from datetime import datetime
 from typing import Any, Optional
 
@@ -43,13 +44,15 @@ def read_record(folder: str) -> list[dict[str, Any]]:
     raise ValueError(f"{path} is no record of a run, a list in JSON: mend it, or move it away.")
 
 
-def choose_seed(seed: int, folder: str, resume: bool) -> int:
-    """The seed given; or, if it is negative, that of the run that goes on, or a new one.
+def choose_seed(seed: int, folder: str, args: Namespace) -> int:
+    """The seed given; for training, if it is negative, that of the run that goes on, or a new one.
 
     All processes get the same.
     """
+    if args.eval_only:
+        return seed
     if seed < 0:
-        starts = read_record(folder) if resume else []
+        starts = read_record(folder) if args.resume else []
         seed = starts[-1]["seed"] if starts else secrets.randbelow(2**31)
     return comm.all_gather(seed)[0]
 

@@ -34,15 +34,28 @@ def setup(args: Namespace) -> CfgNode:
     """
     cfg, device, own = checked_config(args)
     asked, cfg.MODEL.DEVICE = cfg.MODEL.DEVICE, device
-    if not args.eval_only:
-        cfg.SEED = choose_seed(cfg.SEED, cfg.OUTPUT_DIR, args.resume)
+    cfg.SEED = choose_seed(cfg.SEED, cfg.OUTPUT_DIR, args)
     cfg.freeze()
-    default_setup(cfg, args)
+    begin(cfg, args, cfg.OUTPUT_DIR, cfg.SEED, moved=asked != device)
     own.finish(cfg)
-    if not args.eval_only:
-        add_to_record(cfg.OUTPUT_DIR, seed=cfg.SEED, resume=args.resume)
-    say_device(asked, device)
     return cfg
+
+
+def begin(cfg: Any, args: Namespace, folder: str, seed: int, *, moved: bool) -> None:
+    """Make the output folder, start detectron2's log and draws, and record a start of training.
+
+    Args:
+        cfg: a configuration, of either kind, with all that is decided by now.
+        args: detectron2's standard arguments.
+        folder: for output.
+        seed: of all draws.
+        moved: whether it runs on another device than asked for.
+    """
+    default_setup(cfg, args)
+    if not args.eval_only:
+        add_to_record(folder, seed=seed, resume=args.resume)
+    if moved:
+        logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")
 
 
 def checked_config(args: Namespace) -> Checked:
@@ -65,9 +78,3 @@ def checked_config(args: Namespace) -> Checked:
             check_dataset(name)
     check_run(cfg, args, device)
     return Checked(cfg, device, own)
-
-
-def say_device(asked: str, device: str) -> None:
-    """Log that it is another device than asked for."""
-    if asked != device:
-        logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")

@@ -1,4 +1,4 @@
-"""Real runs of tools/train_net.py: training, COCO evaluation, resuming.
+"""Real runs of tools/train_net.py: training, COCO evaluation, resuming; and of tools/demo.py.
 
 Tried by hand, and seen to fail: evaluating without loading the weights; ignoring --resume.
 """
@@ -25,9 +25,14 @@ SMALL = [
 
 
 def train_net(config: str, *arguments: object, datasets: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / "train_net.py")]
+    config_file = ("--config-file", PROJECT / "configs" / config)
+    return run_tool("train_net.py", *config_file, *arguments, datasets=datasets)
+
+
+def run_tool(name: str, *arguments: object, datasets: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / name)]
     done = subprocess.run(
-        [*command, "--config-file", str(PROJECT / "configs" / config), *map(str, arguments)],
+        [*command, *map(str, arguments)],
         env={**os.environ, "DETECTRON2_DATASETS": str(datasets)},
         capture_output=True,
         text=True,
@@ -77,6 +82,22 @@ def test_training_resumes(trained: Path, datasets: Path) -> None:
     done = train_net(LAMPS, *options, datasets=datasets)
     assert "Starting training from iteration 2" in done.stdout
     assert torch.load(trained / "model_final.pth", weights_only=True)["iteration"] == 3
+
+
+def test_the_demo_shows_its_results_and_what_the_block_looks_at(
+    datasets: Path, tmp_path: Path
+) -> None:
+    done = run_tool("demo.py", *SMALL, "OUTPUT_DIR", tmp_path, datasets=datasets)
+    results, lines = last_results(tmp_path), done.stdout.splitlines()
+    (titles,) = (line.split() for line in lines if line.split()[:1] == ["AP"])
+    for task, name in (("bbox", "box"), ("segm", "mask")):
+        (row,) = (line.split()[1:] for line in lines if line.split()[:1] == [name])
+        keys = [title if title.startswith("AP") else f"AP-{title}" for title in titles]
+        assert row == [f"{results[f'{task}/{key}']:.1f}" for key in keys]
+    figures = [Path(line.strip()) for line in lines if line.endswith(".png")]
+    assert len(figures) == 6 and all(figure.parent == tmp_path / "attention" for figure in figures)
+    assert all(figure.stat().st_size for figure in figures)
+    assert str(tmp_path / "model_final.pth") in lines[-1]
 
 
 @pytest.mark.long

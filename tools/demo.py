@@ -26,7 +26,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 
 from nonlocal_det.attention import AttentionRecorder, detection_figure, save_figure
-from nonlocal_det.engine import RunFailure, Trainer, one_sentence_errors, setup
+from nonlocal_det.engine import RunFailure, Trainer, checked_config, one_sentence_errors, setup
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = "lamps_mask_rcnn_R18_NL.yaml"
@@ -126,8 +126,8 @@ def main(args: Namespace) -> None:
     args.config_file = args.config_file or os.path.join(PROJECT, "configs", CONFIG)
     folder = os.path.relpath(os.path.join(PROJECT, "output", "demo"))
     args.opts = ["OUTPUT_DIR", folder, *args.opts]
-    log_to_file(folder)
     with one_sentence_errors():
+        log_to_file(checked_config(args).cfg.OUTPUT_DIR)
         cfg = setup(args)
 
     positions = ", ".join(cfg.MODEL.NONLOCAL.POSITIONS)
@@ -142,7 +142,7 @@ def main(args: Namespace) -> None:
     cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     for path in draw(cfg):
         print(" ", path)
-    print(f"\nThe model is {cfg.MODEL.WEIGHTS}, the log {os.path.join(folder, 'log.txt')}.")
+    print(f"\nThe model is {cfg.MODEL.WEIGHTS}, the log {os.path.join(cfg.OUTPUT_DIR, 'log.txt')}.")
 
 
 if __name__ == "__main__":

@@ -189,11 +189,10 @@ def test_many_kills_lose_nothing(whole: Place) -> None:
     is whole.
     """
     output, rng = whole.folder / "killed", random.Random(0)
-    options = ("--resume", "SOLVER.MAX_ITER", 60, "SOLVER.CHECKPOINT_PERIOD", 1)
-    whole.train("unkilled", *options[1:])
+    options = ("--resume", "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER")
     inside = 0
     for kill in range(KILLS):
-        run = whole.start("killed", *options)
+        run = whole.start("killed", *options, 100_000)
         if kill % 2:
             wait_for_writing(output, rng)
         else:
@@ -206,8 +205,11 @@ def test_many_kills_lose_nothing(whole: Place) -> None:
         assert not broken
         if (output / "last_checkpoint").exists():
             assert (output / (output / "last_checkpoint").read_text()).exists()
-    whole.train("killed", *options)
-    print(f"{KILLS} kills, {inside} while a file was being written")
+    last = (output / "last_checkpoint").read_text()
+    end = int(last[len("model_") : -len(".pth")]) + 4
+    whole.train("killed", *options, end)
+    whole.train("unkilled", *options, end)
+    print(f"{KILLS} kills in {end} iterations, {inside} while a file was being written")
     assert inside >= KILLS // 5
     assert not list(output.glob(f"*{BESIDE}"))
     assert_same(state(whole, "killed"), state(whole, "unkilled"))

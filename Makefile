@@ -8,8 +8,9 @@ BIN = $(VENV)/bin/python
 demo: setup
 	DETECTRON2_DATASETS=datasets "$(BIN)" -W ignore tools/demo.py
 
+# A file's tests share models: they stay in one process.
 test: lint
-	"$(BIN)" -m pytest
+	"$(BIN)" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Makes the environment, repairs one whose making was interrupted, passes through a finished one.
 setup:

@@ -54,15 +54,7 @@ def run(checkout: Path, files, mode: str, folder: Path) -> dict:
         (copied / "tests").symlink_to(checkout / "tests")
     with open(folder / f"{mode}.log", "w", encoding="utf-8") as log:
         subprocess.run(
-            [
-                *command,
-                "-p",
-                "upstream",
-                "-p",
-                "no:cacheprovider",
-                "--continue-on-collection-errors",
-                *files,
-            ],
+            [*command, *files],
             cwd=copied,
             env=environment,
             stdout=log,

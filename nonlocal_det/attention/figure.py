@@ -38,7 +38,8 @@ from .geometry import Grid
 from .recorder import AttentionRecorder
 
 # Lengths in inches, but pixels where named so.
-_PANEL = 1.3  # the shorter side of a panel
+_PANEL = 1.3  # the shorter side of a panel, unless its picture is long and low
+_WIDEST = 3.9
 _GAP = 0.12
 _TITLE = 0.24
 _BAR = 0.09
@@ -173,8 +174,8 @@ def look_figure(
     The other arguments are those of `detection_figure`.
     """
     blocks = recorder.recorded if blocks is None else list(blocks)
-    columns, rows = _layout(len(looks), len(blocks))
-    page = _Page(image.shape[1] / image.shape[0], columns, rows)
+    aspect = image.shape[1] / image.shape[0]
+    page = _Page(aspect, *_layout(len(looks), len(blocks), aspect))
     with matplotlib.rc_context(_STYLE):
         page.overview(overview, _title(looks))
         signs = set()
@@ -221,12 +222,17 @@ def look_rows(
     return recorder.rows(block, points, image=index, boxes=boxes)
 
 
-def _layout(looks: int, blocks: int) -> tuple[int, int]:
-    """Columns and rows: a row for each block, or a grid not higher than three for a single one."""
+def _layout(looks: int, blocks: int, aspect: float) -> tuple[int, int]:
+    """Columns and rows: a row for each block; for a single one a grid, or a list if they are long.
+
+    A grid is not higher than three.
+    """
     if looks == 0 or blocks == 0:
         return 0, 1
     if blocks > 1:
         return looks, blocks
+    if aspect * _PANEL > _WIDEST:
+        return 1, looks
     rows = 1 if looks < 2 else 2 if looks <= 8 else 3
     return -(-looks // rows), rows
 
@@ -239,8 +245,8 @@ class _Page:
 
     def __init__(self, aspect: float, columns: int, rows: int) -> None:
         self._columns = columns
-        self._wide = _PANEL * max(aspect, 1.0)
-        self._high = _PANEL * max(1.0 / aspect, 1.0)
+        self._wide = min(_PANEL * max(aspect, 1.0), _WIDEST)
+        self._high = self._wide / aspect
         self._height = rows * (self._high + _TITLE) + (rows - 1) * _GAP / 2
         self._bars_high = max(self._height - _TITLE, self._high)
         self._overview_high = min(self._bars_high, 2 * self._high + _TITLE)

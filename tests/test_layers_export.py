@@ -169,9 +169,10 @@ def test_onnx(names, masked):
 
 
 @quietly
+@pytest.mark.parametrize("opset", (11, 17))  # detectron2's, and ours
 @each_masking
 @torch.no_grad()
-def test_legacy_onnx(side, masked):
+def test_legacy_onnx(side, masked, opset):
     pytest.importorskip("onnx")
     inputs, buffer = example(TRACED_AT)[: 1 + masked], io.BytesIO()
     torch.onnx.export(
@@ -179,7 +180,7 @@ def test_legacy_onnx(side, masked):
         inputs,
         buffer,
         dynamo=False,
-        opset_version=17,
+        opset_version=opset,
         input_names=["x", "mask"][: 1 + masked],
         dynamic_axes={"x": {0: "b", 2: "h", 3: "w"}, "mask": {0: "b", 1: "h", 2: "w"}},
     )

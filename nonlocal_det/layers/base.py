@@ -147,11 +147,25 @@ def share(x: Tensor, mask: Optional[Tensor]) -> Tensor:
     return torch.ones_like(x[:, :1]) if mask is None else mask.unsqueeze(1).to(x.dtype)
 
 
+# ONNX's opset 11, to which detectron2 exports, has no unflatten.
+
+
+def in_groups(x: Tensor, groups: int) -> Tensor:
+    """(B, C, *S) to (B, groups, C / groups, N)."""
+    flat = x.flatten(2)
+    return flat.reshape([x.shape[0], groups, x.shape[1] // groups, flat.shape[2]])
+
+
+def in_space(x: Tensor, like: Tensor) -> Tensor:
+    """(B, D, N) to (B, D, *S), as in ``like``, (B, C, *S)."""
+    return x.reshape(x.shape[:2] + like.shape[2:])
+
+
 def masked_group_norm(
     x: Tensor, mask: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
     """`F.group_norm` of (B, C, *S), with the statistics of the positions that take part."""
-    grouped = widen(x).flatten(2).unflatten(1, (groups, x.shape[1] // groups))
+    grouped = in_groups(widen(x), groups)
     part = mask.flatten(1).unsqueeze(1).unsqueeze(1).to(grouped.dtype)
     count = (part.sum(dim=3, keepdim=True) * grouped.shape[2]).clamp(min=1)
     centred = grouped - (grouped * part).sum(dim=[2, 3], keepdim=True) / count

@@ -35,7 +35,17 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .base import CONV, NonLocalBase, Norm, check_count, choose, init_conv, share
+from .base import (
+    CONV,
+    NonLocalBase,
+    Norm,
+    check_count,
+    choose,
+    in_groups,
+    in_space,
+    init_conv,
+    share,
+)
 from .precision import narrow, widen
 
 KERNELS = ("dot_product", "gaussian")
@@ -106,7 +116,7 @@ class CompactGeneralizedBlock(NonLocalBase):
         y = sums[-1]
         for p in range(len(sums) - 2, -1, -1):  # Horner: a polynomial in theta
             y = y * theta + sums[p]
-        return narrow(y.flatten(1, 2).unflatten(2, x.shape[2:]), embedded.dtype)
+        return narrow(in_space(y.flatten(1, 2), x), embedded.dtype)
 
     def rows(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The mean of f, with its share of ``scale``, over the groups and their channel pairs."""
@@ -116,11 +126,11 @@ class CompactGeneralizedBlock(NonLocalBase):
         for p, coefficient in enumerate(self.coefficients):
             asked, keyed = (theta**p).mean(dim=2), (phi**p * shares).mean(dim=2)
             weights = weights + coefficient * torch.einsum("bgq,bgn->bqn", asked, keyed)
-        return (weights / self.groups).unflatten(2, x.shape[2:])
+        return in_space(weights / self.groups, x)
 
     def _in_groups(self, x: Tensor) -> Tensor:
         """(B, D, *S) to float32 (B, G, D / G, N)."""
-        return widen(x).flatten(2).unflatten(1, (self.groups, self.inner_channels // self.groups))
+        return in_groups(widen(x), self.groups)
 
     def _shares(self, x: Tensor, mask: Optional[Tensor]) -> Tensor:
         """(B, 1, 1, N): the factor of a key's values; 0 where it takes no part."""

@@ -20,7 +20,7 @@ from typing import Optional, Union
 
 from torch import Tensor
 
-from .base import CONV, Norm, init_conv, key_mask, pool
+from .base import CONV, Norm, in_space, init_conv, key_mask, pool
 from .global_context import shared_attention, shared_weights
 from .non_local import NonLocalBlock
 from .precision import narrow, widen
@@ -68,7 +68,7 @@ class DisentangledBlock(NonLocalBlock):
         phi, g, keys = self._keys_and_values(x, mask)
         phi, g = _whiten(phi.flatten(2), keys), g.flatten(2)
         unary = shared_attention(self._unary(x, mask), g, keys)
-        return (self._attend(theta, phi, g, keys) + unary).unflatten(2, x.shape[2:])
+        return in_space(self._attend(theta, phi, g, keys) + unary, x)
 
     def rows(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The sum of both softmaxes: each row adds up to two."""
@@ -76,7 +76,7 @@ class DisentangledBlock(NonLocalBlock):
         phi, _, keys = self._keys_and_values(x, mask)
         pairwise = self._weights(theta, _whiten(phi.flatten(2), keys), keys)
         unary = shared_weights(self._unary(x, mask), keys)
-        return (pairwise + unary).unflatten(2, phi.shape[2:])
+        return in_space(pairwise + unary, phi)
 
     def _unary(self, x: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The unary logits m (B, 1, M), subsampled as the keys are."""

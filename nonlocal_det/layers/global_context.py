@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import CONV, NonLocalBase, Norm, init_conv, key_mask
+from .base import CONV, NonLocalBase, Norm, in_space, init_conv, key_mask
 from .pairwise import softmax_attention, softmax_weights
 
 
@@ -64,7 +64,7 @@ class GlobalContextBlock(NonLocalBase):
         keys = key_mask(mask)
         logits = self.w_k(x).flatten(2)
         context = shared_attention(logits, x.flatten(2).to(logits.dtype), keys)
-        hidden = self.w_v1(context.unflatten(2, [1] * self.dims))
+        hidden = self.w_v1(context.reshape(list(context.shape) + [1] * (self.dims - 1)))
         y = F.relu(self.layer_norm(hidden.transpose(1, -1))).transpose(1, -1).to(hidden.dtype)
         if keys is not None:
             y = y * keys.any(dim=1).to(y.dtype).reshape([-1] + [1] * (self.dims + 1))
@@ -73,7 +73,7 @@ class GlobalContextBlock(NonLocalBase):
     def rows(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The one map, once for each query."""
         row = shared_weights(self.w_k(x).flatten(2), key_mask(mask))
-        return row.expand(-1, queries.shape[0], -1).unflatten(2, x.shape[2:])
+        return in_space(row.expand(-1, queries.shape[0], -1), x)
 
 
 def shared_attention(logits: Tensor, values: Tensor, mask: Optional[Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Norm, check_count, share
+from .base import Norm, check_count, in_groups, in_space, share
 from .non_local import NonLocalBlock
 from .precision import widen
 
@@ -99,11 +99,11 @@ class GroupedNonLocalBlock(NonLocalBlock):
             near = (keys & (cell == cell[query])).repeat_interleave(self.groups, dim=0)
             rows.append(self._weights(theta[:, :, i : i + 1], phi, near))
         weights = torch.cat(rows, dim=1).unflatten(0, (x.shape[0], self.groups))
-        return weights.mean(dim=1).unflatten(2, x.shape[2:])
+        return in_space(weights.mean(dim=1), x)
 
     def _split(self, x: Tensor, groups: int) -> Tensor:
         """(B, C, *S) to (B * groups, C / groups, N)."""
-        return x.flatten(2).unflatten(1, (groups, x.shape[1] // groups)).flatten(0, 1)
+        return in_groups(x, groups).flatten(0, 1)
 
     def _cells(self, x: Tensor) -> Tensor:
         """(N,): the number of the window that each position is in."""
@@ -135,14 +135,14 @@ class GroupedNonLocalBlock(NonLocalBlock):
     def _join(self, y: Tensor, x: Tensor) -> Tensor:
         """The inverse of `_cut`, for the sums over an x of (B, C, *S): (B, D, *S)."""
         if self.window == 0:
-            return y.unflatten(0, (x.shape[0], self.groups)).flatten(1, 2).unflatten(2, x.shape[2:])
+            return in_space(y.reshape(x.shape[0], self.groups * y.shape[1], y.shape[2]), x)
         t, h, w, k_h, k_w = self._grid(x)
         b, d = x.shape[0], y.shape[1]
         n_h, n_w = (h + k_h - 1) // k_h, (w + k_w - 1) // k_w
         y = y.reshape(b, n_h, n_w, self.groups, d, t, k_h, k_w).permute(0, 3, 4, 5, 1, 6, 2, 7)
         y = y.reshape(b, self.groups * d * t, n_h * k_h, n_w * k_w)
         y = F.pad(y, [0, w - n_w * k_w, 0, h - n_h * k_h])
-        return y.reshape(b, self.groups * d, t * h * w).unflatten(2, x.shape[2:])
+        return in_space(y.reshape(b, self.groups * d, t * h * w), x)
 
     def _cut_mask(self, x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
         """The keys that take part in each window and group, (B * windows * groups, positions)."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .base import CONV, NonLocalBase, Norm, check_count, choose, init_conv, key_mask, pool
+from .base import CONV, NonLocalBase, Norm, check_count, choose, in_space, init_conv, key_mask, pool
 from .pairwise import (
     concatenation_attention,
     concatenation_weights,
@@ -94,13 +94,13 @@ class NonLocalBlock(NonLocalBase):
         theta = self._queries(x).flatten(2)
         phi, g, keys = self._keys_and_values(x, mask)
         y = self._attend(theta, phi.flatten(2), g.flatten(2), keys)
-        return y.unflatten(2, x.shape[2:])
+        return in_space(y, x)
 
     def rows(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The weights f / C of equation 1; see `NonLocalBase.attention`."""
         theta = self._queries(x).flatten(2)[:, :, queries]
         phi, _, keys = self._keys_and_values(x, mask)
-        return self._weights(theta, phi.flatten(2), keys).unflatten(2, phi.shape[2:])
+        return in_space(self._weights(theta, phi.flatten(2), keys), phi)
 
     def _queries(self, x: Tensor) -> Tensor:
         """What is compared of the queries: theta (B, D, *S), or x itself for the Gaussian form."""

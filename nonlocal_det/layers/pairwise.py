@@ -34,7 +34,8 @@ range of 3e38 are the caller's.
 Transformations. Eager mode takes the leanest way. Under ``torch.jit.trace``, ``torch.export`` and
 ``torch.compile`` the same sums are written in ordinary operators, of any size: PyTorch's fused
 attention, two products, a sort and prefix sums. ``torch.jit.script`` chooses at run time, likewise
-in ordinary operators. ONNX has no search in sorted numbers: there the concatenation form is dense.
+in ordinary operators. ONNX has no search in sorted numbers, and older versions no fused attention:
+there the concatenation form and the softmaxes are dense.
 Scripted and traced, a function follows the autocast state it runs under, and only float16 results,
 not gradients, saturate.
 
@@ -121,6 +122,9 @@ def softmax_attention(
     out_dtype = g.dtype
     theta, phi, g = widen(theta, dtype), widen(phi, dtype), widen(g, dtype)
     if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():
+            weights = softmax_weights(theta, phi, mask, scale)
+            return narrow(product(g, weights.transpose(1, 2)), out_dtype)
         if _tiles_are_faster(theta, phi, g, learns):
             y = tiled_softmax_attention(theta * scale, phi, g, mask)
             return narrow(y, out_dtype)

@@ -86,7 +86,7 @@ class LampsParams:
     width: tuple[int, int] | None = None
     num_shapes: tuple[int, int] = (2, 5)
     shape_size: tuple[float, float] = (26.0, 56.0)
-    lamp_size: tuple[float, float] = (14.0, 18.0)
+    lamp_size: tuple[float, float] = (20.0, 26.0)
     halo: float = 2.8
     gap: float = 3.0
     decided_by: str = "lamp"

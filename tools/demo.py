@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 
 import cv2
+import torch
 import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -123,6 +124,7 @@ def draw(cfg: CfgNode) -> list[str]:
 
 def main(args: Namespace) -> None:
     """Train, evaluate, draw."""
+    torch.set_num_threads(1)  # sums in one order: the same pictures with any number of cores
     args.config_file = args.config_file or os.path.join(PROJECT, "configs", CONFIG)
     folder = os.path.relpath(os.path.join(PROJECT, "output", "demo"))
     args.opts = ["OUTPUT_DIR", folder, *args.opts]

@@ -117,7 +117,7 @@ def test_params_bound_what_is_drawn():
         picture, instances, lamp = _draw(index, params=params)
         assert all(200 <= side <= 240 for side in picture.shape[:2])
         assert 6 <= len(instances) <= 7
-        assert 7 <= lamp.radius <= 9
+        assert params.lamp_size[0] <= 2 * lamp.radius <= params.lamp_size[1]
         for instance in instances:
             across = instance.polygon.max(axis=0) - instance.polygon.min(axis=0)
             assert 20 < across.max() <= 40 + 1e-9

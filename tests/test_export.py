@@ -28,6 +28,7 @@ COCO = ROOT.parent / "shared" / "data" / "coco"
 TOOL = runpy.run_path(str(ROOT / "tools/export_model.py"), run_name="export_model")
 CONFIG = str(ROOT / "configs/lamps_mask_rcnn_R18_NL.yaml")
 OPTIONS = [
+    *("MODEL.NONLOCAL.PAIRWISE", "embedded_gaussian", "MODEL.NONLOCAL.SCALE", True),
     *("MODEL.NONLOCAL.SUBSAMPLE", True, "TEST.DETECTIONS_PER_IMAGE", 5),
     *("MODEL.NONLOCAL.POSITIONS", ("res3[0]", "res4[-2]", "p3", "p4 NORM=GN", "mask_head[0]")),
 ]

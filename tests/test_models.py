@@ -493,4 +493,4 @@ def test_a_backbone_leaves_with_its_blocks(way, backbone):
     with torch.no_grad():
         left = LEAVES[way](backbone, pictures[0])
         for picture in pictures:
-            torch.testing.assert_close(left(picture), backbone(picture))
+            assert_same(left(picture), backbone(picture))

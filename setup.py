@@ -36,6 +36,9 @@ setup(
     extras_require={
         # COCO's measures in C++, for a detectron2 that was not compiled.
         "fast": ["faster-coco-eval"],
-        "test": ["pytest", "hypothesis", "ruff", "onnx", "onnxruntime", "onnxscript", "selenium"],
+        "test": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff"),
+            *("onnx", "onnxruntime", "onnxscript", "selenium"),
+        ],
     },
 )

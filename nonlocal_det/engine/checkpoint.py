@@ -11,7 +11,6 @@ import detectron2.utils.comm as comm
 import torch
 import torch.nn as nn
 from detectron2.utils.file_io import PathManager
-from torch.nn.parallel import DistributedDataParallel
 
 from ..files import remove_remains, whole_file
 from ..modeling.checkpoint import NonLocalCheckpointer
@@ -94,8 +93,7 @@ class _WholeFiles:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """The names of parameters that hold an infinity or a NaN, as a checkpoint has them."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    """The names of parameters that hold an infinity or a NaN."""
     return [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
 
 

@@ -121,7 +121,7 @@ class FailureGuard(HookBase):
         self, error: Optional[BaseException], checkpointer: WholeCheckpointer
     ) -> Optional[str]:
         """What an error, or the one that it came from, means; None if that is not known."""
-        while error is not None and (reason := self._reason(error)) is None:
+        while error is not None and (reason := self._reason(error, checkpointer.model)) is None:
             error = error.__cause__ or error.__context__
         if error is None:
             return None
@@ -130,10 +130,10 @@ class FailureGuard(HookBase):
             kept = f"{checkpointer.get_checkpoint_file()} is kept; --resume goes on from it."
         return f"Training stopped at iteration {self.trainer.iter}. {reason} {kept}"
 
-    def _reason(self, error: BaseException) -> Optional[str]:
+    def _reason(self, error: BaseException, model: nn.Module) -> Optional[str]:
         said = str(error) or type(error).__name__
         if isinstance(error, FloatingPointError):
-            return f"{said} {self._seen()} {self._advice()}"
+            return f"{said} {self._seen()} {self._advice(model)}"
         if isinstance(error, RunFailure):
             return said
         if memory_is_full(error):
@@ -154,8 +154,8 @@ class FailureGuard(HookBase):
         process = f"process {comm.get_rank()}" if comm.get_world_size() > 1 else "the model"
         return f"The last pictures that {process} saw: {self._pictures or 'none yet'}."
 
-    def _advice(self) -> str:
-        wrong = not_finite(self.trainer.model)
+    def _advice(self, model: nn.Module) -> str:
+        wrong = not_finite(model)
         why = (
             f"Weights are not finite, {wrong[0]} for one, so that an earlier gradient was not."
             if wrong

@@ -502,3 +502,18 @@ def test_figure_has_a_panel_for_each_block_and_detection(detector, tmp_path, cou
         path = tmp_path / "new" / f"figure.{ending}"
         save_figure(figure, str(path))
         assert path.read_bytes().startswith(magic)
+
+
+@torch.no_grad()
+def test_panels_of_a_long_picture_stand_below_each_other(detector):
+    with AttentionRecorder(detector) as recorder:
+        instances = detector(pictures((400, 50)))[0]["instances"]
+    image, block = np.zeros((50, 400, 3), np.uint8), ["backbone.non_local.p3"]
+    figure = detection_figure(image, instances, recorder, count=4, blocks=block)
+    corners = np.array([axes.get_position().p0 for axes in figure.axes[1:5]])
+    assert len(set(corners[:, 0])) == 1 and (np.diff(corners[:, 1]) < 0).all()
+    width, height = figure.get_size_inches()
+    assert width < 5 * height
+    for axes in figure.axes[:5]:
+        box = axes.get_position()
+        assert box.width * width == pytest.approx(8 * box.height * height, rel=1e-6)

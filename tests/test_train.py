@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,19 @@ def test_the_demo_shows_its_results_and_what_the_block_looks_at(
     assert len(figures) == 6 and all(figure.parent == tmp_path / "attention" for figure in figures)
     assert all(figure.stat().st_size for figure in figures)
     assert str(tmp_path / "model_final.pth") in lines[-1]
+
+
+def test_the_demo_prints_each_number_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    demo = runpy.run_path(str(PROJECT / "tools" / "demo.py"), run_name="demo")
+    names = ("AP", "AP50", "AP75", "AP-teal")
+    demo["print_table"](
+        {"bbox": dict(zip(names, (1, 2, 3, 4))), "segm": dict(zip(names, (5, 6, 7, 8)))}
+    )
+    assert [line.split() for line in capsys.readouterr().out.strip().splitlines()] == [
+        ["AP", "AP50", "AP75", "teal"],
+        ["box", "1.0", "2.0", "3.0", "4.0"],
+        ["mask", "5.0", "6.0", "7.0", "8.0"],
+    ]
 
 
 @pytest.mark.long

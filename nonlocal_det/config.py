@@ -49,7 +49,7 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     node.KERNEL = "dot_product"
     node.ORDER = 3
     # Keep what pads a batch out of the blocks, so that an image's features do not depend on what it
-    # is batched with; see nonlocal_det/modeling/padding.py.
+    # is batched with; see nonlocal_det/modeling/padding_mask.py.
     node.MASK_PADDING = True
     # Every so many iterations, write pictures of attention and each block's entropy, gain and
     # weights to TensorBoard; 0 is never. Costs an inference call on three pictures each time.

@@ -26,16 +26,16 @@ from detectron2.structures import ImageList
 from nonlocal_det import NonLocalBlock, add_nonlocal_config
 from nonlocal_det.attention import (
     AttentionRecorder,
-    arrows_over,
-    box_over,
+    attention_panel,
     detection_figure,
-    heat_over,
-    panel,
-    save_figure,
+    draw_arrows,
+    draw_box,
+    overlay_attention,
 )
-from nonlocal_det.attention.figure import Look
-from nonlocal_det.attention.geometry import picture_grid
+from nonlocal_det.attention.figure import AttentionQuery
+from nonlocal_det.attention.geometry import image_grid
 from nonlocal_det.layers import MECHANISMS, PAIRWISE
+from nonlocal_det.utils.plotting import save_figure
 
 STRIDE = 8
 
@@ -116,7 +116,7 @@ def test_bright_spot_is_found_where_it_is(original, resized, spot, subsample):
     for batch, index in (([image], 0), ([other, image], 1)):
         with AttentionRecorder(model) as recorder:
             model(batch)
-        maps = recorder.attention("backbone.nl", [(1, 1), (30.5, 20)], image=index)
+        maps = recorder.attention_maps("backbone.nl", [(1, 1), (30.5, 20)], image=index)
         assert maps.shape == (2, original[1], original[0])
         for heat in maps:
             y, x = np.argwhere(heat == heat.max()).mean(axis=0)
@@ -125,7 +125,7 @@ def test_bright_spot_is_found_where_it_is(original, resized, spot, subsample):
         x, y, weight = strongest[0]
         assert abs(x - spot[0] - 0.5) <= 1 and abs(y - spot[1] - 0.5) <= 1
         assert weight > 0.99 and len(strongest) == 3
-        cells = recorder.attention("backbone.nl", [(1, 1)], image=index, smooth=False)
+        cells = recorder.attention_maps("backbone.nl", [(1, 1)], image=index, smooth=False)
         assert cells.max() == np.float32(weight)
 
 
@@ -156,7 +156,7 @@ def test_map_is_the_dense_row_with_the_geometry_undone(pairwise, subsample):
     inputs = [entry(rng.random((128, 192)), (192, 128)), image]
     with AttentionRecorder(model) as recorder:
         model(inputs)
-    heat = recorder.attention("backbone.nl", [(33.2, 41.9)], image=1, smooth=False)[0]
+    heat = recorder.attention_maps("backbone.nl", [(33.2, 41.9)], image=1, smooth=False)[0]
 
     batch = ImageList.from_tensors([entry["image"] for entry in inputs], 32).tensor
     # x = 33.2 is 53.1 resized, in column 6; y = 41.9 is 67.0 resized, in row 8.
@@ -169,12 +169,12 @@ def test_map_is_the_dense_row_with_the_geometry_undone(pairwise, subsample):
 
     # The smooth map keeps the weights at the centres: pixels 2, 7, 12 ... of cells of 5 pixels.
     if block.stride == 1:
-        smooth = recorder.attention("backbone.nl", [(33.2, 41.9)], image=1)[0]
+        smooth = recorder.attention_maps("backbone.nl", [(33.2, 41.9)], image=1)[0]
         np.testing.assert_allclose(smooth[2::5, 2::5], row[:12, :20], rtol=1e-4, atol=1e-7)
 
 
 def test_strongest_are_the_largest_by_magnitude():
-    grid = picture_grid((2, 2), padded=(32, 32), resized=(30, 20), original=(60, 40))
+    grid = image_grid((2, 2), padded=(32, 32), resized=(30, 20), original=(60, 40))
     # Cells of 32 pixels, of which the last ones show 28 and 8.
     found = grid.strongest(np.array([[0.1, -0.9], [0.5, 0.0]]), 3)
     assert found == [(46, 16, -0.9), (16, 36, 0.5), (16, 16, 0.1)]
@@ -271,14 +271,14 @@ def test_only_the_rows_asked_for_are_computed(detector, monkeypatch):
 
     def attention(x, queries, mask=None):
         asked.append((len(x), queries.tolist()))
-        return NonLocalBlock.attention(block, x, queries, mask)
+        return NonLocalBlock.attention_weights(block, x, queries, mask)
 
-    monkeypatch.setattr(block, "attention", attention)
+    monkeypatch.setattr(block, "attention_weights", attention)
     with AttentionRecorder(detector) as recorder:
         detector(pictures((100, 60), (80, 80)))
     assert asked == []
     # Cells are 8 / 1.6 = 5 pixels; the batch is 160 x 128, of 20 cells a row.
-    recorder.attention("backbone.non_local.p3", [(0, 0), (99.9, 12)], image=0)
+    recorder.attention_maps("backbone.non_local.p3", [(0, 0), (99.9, 12)], image=0)
     assert asked == [(1, [0, 2 * 20 + 19])]
 
 
@@ -290,10 +290,10 @@ def test_box_is_the_mean_of_its_cells(detector):
     # The centres of 3 x 2 cells of 5 pixels lie in the box; no centre lies in the second one.
     box, small = (10, 20, 25, 30), (31, 31, 32, 32)
     points = [(x, y) for y in (22, 27) for x in (12, 17, 22)]
-    heat = recorder.attention(name, [box, small])
-    expected = recorder.attention(name, points).mean(axis=0)
+    heat = recorder.attention_maps(name, [box, small])
+    expected = recorder.attention_maps(name, points).mean(axis=0)
     np.testing.assert_allclose(heat[0], expected, rtol=1e-4, atol=1e-7)
-    np.testing.assert_array_equal(heat[1], recorder.attention(name, [(31.5, 31.5)])[0])
+    np.testing.assert_array_equal(heat[1], recorder.attention_maps(name, [(31.5, 31.5)])[0])
 
 
 @torch.no_grad()
@@ -309,7 +309,7 @@ def test_map_of_a_block_in_a_head_lies_in_the_region_of_its_detection(detector):
     for index, box in enumerate(second.pred_boxes.tensor.double().numpy()):
         x0, y0, x1, y1 = box
         place = (x0 + (x1 - x0) * 0.3, y0 + (y1 - y0) * 0.6)
-        heat = recorder.attention(name, [place], image=1, boxes=[box], smooth=False)[0]
+        heat = recorder.attention_maps(name, [place], image=1, boxes=[box], smooth=False)[0]
         # 0.3 and 0.6 of 14 cells are the cells 4 and 8.
         row = dense_row(block, seen[0][[len(first) + index]], row=8, column=4)
         for y in range(80):
@@ -333,8 +333,8 @@ def test_region_without_a_box_is_the_smallest_around_the_point(detector):
     areas = (regions[:, 2:] - regions[:, :2]).prod(axis=1)
     smallest = regions[areas.argmin()]
     center = (smallest[:2] + smallest[2:]) / 2
-    chosen = recorder.attention(name, [center])
-    np.testing.assert_array_equal(chosen, recorder.attention(name, [center], boxes=[smallest]))
+    chosen = recorder.attention_maps(name, [center])
+    np.testing.assert_array_equal(chosen, recorder.attention_maps(name, [center], boxes=[smallest]))
     assert recorder.regions("backbone.non_local.p3") is None
 
 
@@ -366,7 +366,7 @@ def test_model_without_detections_or_blocks():
     for name in recorder.recorded:
         assert len(recorder.regions(name)) == 0
         with pytest.raises(ValueError, match="No region"):
-            recorder.attention(name, [(1, 1)])
+            recorder.attention_maps(name, [(1, 1)])
     with AttentionRecorder(nn.Conv2d(3, 3, 1)) as recorder:
         assert recorder.blocks == recorder.recorded == []
 
@@ -379,9 +379,9 @@ def test_every_mechanism_is_recorded_in_any_network(mechanism):
     x = torch.randn(2, 3, 24, 40)
     with AttentionRecorder(model) as recorder:
         model(x)
-    heat = recorder.attention("1", [(39, 1), (0, 23)], image=1, smooth=False)
+    heat = recorder.attention_maps("1", [(39, 1), (0, 23)], image=1, smooth=False)
     features = model[0](x).detach().double()[1:]
-    rows = copy.deepcopy(block).double().attention(features, torch.tensor([9, 50]))[0]
+    rows = copy.deepcopy(block).double().attention_weights(features, torch.tensor([9, 50]))[0]
     np.testing.assert_allclose(heat[:, 2::4, 2::4], rows.detach(), rtol=1e-4, atol=1e-7)
 
 
@@ -398,25 +398,25 @@ def test_bad_places_are_told(places, error):
     with AttentionRecorder(Detector(spot_seeker())) as recorder:
         recorder._model([entry(np.zeros((60, 100)), (100, 60))])
     with pytest.raises(ValueError, match=error):
-        recorder.attention("backbone.nl", places)
+        recorder.attention_maps("backbone.nl", places)
 
 
 def test_bad_names_and_images_are_told():
     recorder = AttentionRecorder(Detector(spot_seeker()))
     with pytest.raises(KeyError, match="Recorded: none; call the model inside the context"):
-        recorder.attention("backbone.nl", [(1, 1)])
+        recorder.attention_maps("backbone.nl", [(1, 1)])
     with recorder:
         recorder._model([entry(np.zeros((60, 100)), (100, 60))])
     with pytest.raises(KeyError, match=r"No block 'res4' was recorded. Recorded: backbone.nl"):
-        recorder.attention("res4", [(1, 1)])
+        recorder.attention_maps("res4", [(1, 1)])
     with pytest.raises(IndexError, match="no image 1: the recorded call has 1"):
-        recorder.attention("backbone.nl", [(1, 1)], image=1)
-    assert recorder.attention("backbone.nl", []).shape == (0, 60, 100)
+        recorder.attention_maps("backbone.nl", [(1, 1)], image=1)
+    assert recorder.attention_maps("backbone.nl", []).shape == (0, 60, 100)
 
 
 def test_networks_that_do_not_pad_have_cells_of_a_power_of_two():
     # 75 x 50 pixels are 5 x 4 cells of 16, though 75 / 5 is 15.
-    grid = picture_grid((5, 4), padded=(75, 50), resized=(75, 50), original=(150, 50))
+    grid = image_grid((5, 4), padded=(75, 50), resized=(75, 50), original=(150, 50))
     assert (grid.cell_width, grid.cell_height) == (32, 16)
     # The last cells reach beyond the picture; their centres are those of the part inside.
     assert grid.centers()[0].tolist() == [16, 48, 80, 112, 139]
@@ -429,17 +429,17 @@ GRADIENT = np.tile(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (40, 1, 
 
 def test_drawing_leaves_its_input_and_returns_pictures():
     image, heat = GRADIENT.copy(), np.linspace(0, 1, 2400).reshape(40, 60)
-    look = Look((30, 20), "1 lamp 98%", (10, 5, 50, 35))
+    look = AttentionQuery((30, 20), "1 lamp 98%", (10, 5, 50, 35))
     drawn = [
-        heat_over(image, heat),
-        arrows_over(image, (30, 20), [(5, 5, 0.4), (30, 20, 0.2), (55, 30, 0.1)]),
-        box_over(image, (10, 5, 50, 35), "lamp"),
-        box_over(image, (-5, -5, 70, 50), "a label wider than the picture is itself, by far"),
+        overlay_attention(image, heat),
+        draw_arrows(image, (30, 20), [(5, 5, 0.4), (30, 20, 0.2), (55, 30, 0.1)]),
+        draw_box(image, (10, 5, 50, 35), "lamp"),
+        draw_box(image, (-5, -5, 70, 50), "a label wider than the picture is itself, by far"),
     ]
     for picture in drawn:
         assert picture.dtype == np.uint8 and picture.shape == image.shape
         assert not np.array_equal(picture, image)
-    assert panel(image, heat, look, [(5, 5, 0.4)], longest=300).shape == (200, 300, 3)
+    assert attention_panel(image, heat, look, [(5, 5, 0.4)], longest=300).shape == (200, 300, 3)
     assert np.array_equal(image, GRADIENT)
 
 
@@ -447,20 +447,20 @@ def test_heat_shows_the_largest_weight_brightest_and_nothing_where_there_is_none
     heat = np.full((40, 60), np.nan)
     heat[:, 30:] = 0.001
     heat[10, 50] = 0.2
-    drawn = heat_over(GRADIENT, heat).astype(int)
+    drawn = overlay_attention(GRADIENT, heat).astype(int)
     # NaN: the picture, with half its colour; it has none.
     np.testing.assert_array_equal(drawn[:, :30], GRADIENT[:, :30])
     brightest = np.unravel_index(drawn.sum(axis=2).argmax(), heat.shape)
     assert brightest == (10, 50)
     # Warm colours for weights above zero, cold ones below.
-    signed = heat_over(GRADIENT, np.where(np.arange(60) < 30, -1.0, 1.0) * np.ones((40, 1)))
+    signed = overlay_attention(GRADIENT, np.where(np.arange(60) < 30, -1.0, 1.0) * np.ones((40, 1)))
     assert (signed[:, :30, 2] > signed[:, :30, 0]).all()
     assert (signed[:, 30:, 0] > signed[:, 30:, 2]).all()
 
 
 def test_arrow_points_where_it_should():
     black = np.zeros((100, 200, 3), np.uint8)
-    drawn = arrows_over(black, (40.5, 50.5), [(160.5, 50.5, 1.0)]).sum(axis=2) > 300
+    drawn = draw_arrows(black, (40.5, 50.5), [(160.5, 50.5, 1.0)]).sum(axis=2) > 300
     rows, columns = np.nonzero(drawn)
     assert rows.min() + rows.max() == 100
     # From the dot around the start to the tip; the head is wider than the shaft.
@@ -471,7 +471,12 @@ def test_arrow_points_where_it_should():
 @pytest.mark.parametrize("heat", [np.zeros((1, 1)), np.full((1, 1), np.nan), -np.ones((1, 1))])
 def test_one_pixel_is_drawn(heat):
     image = np.array([[[1, 2, 3]]], np.uint8)
-    assert panel(image, heat, Look((0.5, 0.5), "x", (0, 0, 1, 1)), [(0.5, 0.5, 0)]).shape[2] == 3
+    assert (
+        attention_panel(
+            image, heat, AttentionQuery((0.5, 0.5), "x", (0, 0, 1, 1)), [(0.5, 0.5, 0)]
+        ).shape[2]
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -485,7 +490,7 @@ def test_one_pixel_is_drawn(heat):
 )
 def test_pictures_and_maps_that_do_not_fit_are_told(image, heat):
     with pytest.raises(ValueError, match="The (picture|map) is"):
-        heat_over(image, heat)
+        overlay_attention(image, heat)
 
 
 @torch.no_grad()

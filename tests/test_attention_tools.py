@@ -25,17 +25,17 @@ from PIL import Image
 
 from nonlocal_det import NonLocalBlock
 from nonlocal_det.attention import AttentionRecorder
-from nonlocal_det.attention.dependence import (
-    Dependence,
+from nonlocal_det.attention.hook import AttentionHook, output_weight
+from nonlocal_det.attention.image_io import expand_inputs, is_video, read_image_rgb, read_video
+from nonlocal_det.attention.statistics import (
+    AttentionStats,
     average_distance,
     mean,
     measure,
     relative_entropy,
 )
-from nonlocal_det.attention.hook import AttentionHook, output_weight
-from nonlocal_det.attention.pictures import find_files, is_video, read_picture, read_video
 from nonlocal_det.config import load_config
-from nonlocal_det.data.coco import annotation_file, image_folder, write_dataset
+from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
 from nonlocal_det.engine import Trainer
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -58,7 +58,7 @@ def lamps(tmp_path_factory) -> str:
 
     folder, name = str(tmp_path_factory.mktemp("lamps")), "attention_test_lamps"
     write_dataset(folder, "val", 3)
-    files = annotation_file(folder, "val"), image_folder(folder, "val")
+    files = annotation_file(folder, "val"), image_root(folder, "val")
     register_coco_instances(name, {}, *files)
     DatasetCatalog.get(name)
     yield name
@@ -115,7 +115,7 @@ def test_pictures_of_all_kinds_are_read_as_they_are_seen(
     tmp_path, kind, name, top_left, bottom_right
 ):
     save(tmp_path / name, kind)
-    image = read_picture(str(tmp_path / name))
+    image = read_image_rgb(str(tmp_path / name))
     assert image.shape == (40, 60, 3) and image.dtype == np.uint8
     # JPEG and palettes change colours a little.
     np.testing.assert_allclose(image[5, 5], top_left, atol=12)
@@ -129,11 +129,11 @@ def test_broken_files_are_told(tmp_path):
     half.write_bytes(half.read_bytes()[:90])
     for path in (text, half):
         with pytest.raises(ValueError, match="cannot be read as an image"):
-            read_picture(str(path))
+            read_image_rgb(str(path))
     text.rename(tmp_path / "text.avi")
     with pytest.raises(ValueError, match="cannot be read as a video"):
         read_video(str(tmp_path / "text.avi"))
-    for read in (read_picture, read_video):
+    for read in (read_image_rgb, read_video):
         with pytest.raises(FileNotFoundError, match="There is no file"):
             read(str(tmp_path / "missing"))
 
@@ -142,11 +142,14 @@ def test_files_are_found_in_folders_and_by_patterns(tmp_path):
     for name in ("b.PNG", "a.jpg", "c.mp4", "notes.txt"):
         (tmp_path / name).touch()
     folder = str(tmp_path)
-    found = [os.path.basename(path) for path in find_files([folder, folder + "/a*"])]
+    found = [os.path.basename(path) for path in expand_inputs([folder, folder + "/a*"])]
     assert found == ["a.jpg", "b.PNG", "c.mp4"]
-    assert find_files([folder + "/notes.txt"]) == [folder + "/notes.txt"]
+    assert expand_inputs([folder + "/notes.txt"]) == [folder + "/notes.txt"]
     # What does not exist stays, to be told later.
-    assert find_files([folder + "/no.jpg", folder + "/z*"]) == [folder + "/no.jpg", folder + "/z*"]
+    assert expand_inputs([folder + "/no.jpg", folder + "/z*"]) == [
+        folder + "/no.jpg",
+        folder + "/z*",
+    ]
     assert [is_video(path) for path in ("a.MP4", "a.jpg")] == [True, False]
 
 
@@ -254,12 +257,12 @@ def test_relative_entropy_by_hand():
 
 
 def test_mean_leaves_out_what_is_unknown():
-    one, two = Dependence(1, math.nan, 2, 3, 4), Dependence(3, 5, 4, 3, 2)
-    assert mean([one, None, two]) == Dependence(2, 5, 3, 3, 3)
+    one, two = AttentionStats(1, math.nan, 2, 3, 4), AttentionStats(3, 5, 4, 3, 2)
+    assert mean([one, None, two]) == AttentionStats(2, 5, 3, 3, 3)
     assert mean([None]) is None
 
 
-def measured(block: nn.Module) -> Dependence:
+def measured(block: nn.Module) -> AttentionStats:
     torch.manual_seed(0)
     with AttentionRecorder(nn.Sequential(block.eval())) as recorder:
         recorder._model(torch.randn(1, 8, 9, 12))

@@ -30,11 +30,11 @@ from PIL import Image
 
 from nonlocal_det.config import load_config
 from nonlocal_det.data import register_lamps
-from nonlocal_det.data.coco import annotation_file, ensure_dataset
-from nonlocal_det.data.report import KINDS, LEFT_OUT, STOPS
-from nonlocal_det.engine import Trainer, argument_parser, check_data
-from nonlocal_det.engine.own_data import own_data
-from nonlocal_det.engine.pictures import NamingMapper
+from nonlocal_det.data.dataset_mapper import CheckedDatasetMapper
+from nonlocal_det.data.dataset_report import KINDS, LEFT_OUT, STOPS
+from nonlocal_det.data.lamps.writer import annotation_file, ensure_dataset
+from nonlocal_det.engine import Trainer, nonlocal_argument_parser, run_dataset_check
+from nonlocal_det.engine.custom_data import load_custom_datasets
 
 PROJECT = Path(__file__).parents[1]
 LAMPS = "lamps_mask_rcnn_R18_NL.yaml"
@@ -134,7 +134,7 @@ def ends_with(run: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> str
 
 def run_train_net(arguments: list[str]) -> None:
     script = runpy.run_path(str(tool_path("train_net")))
-    script["main"](argument_parser().parse_args(arguments))
+    script["main"](nonlocal_argument_parser().parse_args(arguments))
 
 
 CONFIGURATIONS = {
@@ -431,7 +431,7 @@ def test_a_dataset_stops_a_run(name: str, folder: Path, capsys: pytest.CaptureFi
         run_train_net(arguments)
     shown = [line for line in capsys.readouterr().out.splitlines() if KINDS[kind].what in line]
     assert len(shown) == 1 and shown[0].startswith(f"  {STOPS}") and said in shown[0]
-    assert not check_data(argument_parser().parse_args(arguments))
+    assert not run_dataset_check(nonlocal_argument_parser().parse_args(arguments))
     assert contents(folder) == before
 
 
@@ -441,9 +441,9 @@ def test_what_cannot_be_used_is_left_out(name: str, folder: Path) -> None:
     whole = json.loads(Path("own.json").read_text())
     damage_own(damage)
     before = contents(folder)
-    args = argument_parser().parse_args(train(*OWN, "OUTPUT_DIR", "output"))
+    args = nonlocal_argument_parser().parse_args(train(*OWN, "OUTPUT_DIR", "output"))
     cfg = load_config(args.config_file, args.opts)
-    own = own_data(cfg, args)
+    own = load_custom_datasets(cfg, args)
     shown = [
         line for line in str(own.reports["own_train"]).splitlines() if KINDS[kind].what in line
     ]
@@ -465,11 +465,13 @@ def test_what_cannot_be_used_is_left_out(name: str, folder: Path) -> None:
 
 def test_keypoints_must_be_named_and_of_one_length(folder: Path) -> None:
     def parse() -> argparse.Namespace:
-        return argument_parser().parse_args(train(*OWN, *KEYPOINTS, "OUTPUT_DIR", "output"))
+        return nonlocal_argument_parser().parse_args(
+            train(*OWN, *KEYPOINTS, "OUTPUT_DIR", "output")
+        )
 
     args = parse()
     with pytest.raises(ValueError, match="cannot be used"):
-        own_data(load_config(args.config_file, args.opts), args)
+        load_custom_datasets(load_config(args.config_file, args.opts), args)
 
     def add(content: dict[str, Any]) -> None:
         for category in content["categories"]:
@@ -480,12 +482,14 @@ def test_keypoints_must_be_named_and_of_one_length(folder: Path) -> None:
         content["annotations"][1]["keypoints"] = []
 
     damage_own(add)
-    report = own_data(load_config(args.config_file, args.opts), args).reports["own_train"]
+    report = load_custom_datasets(load_config(args.config_file, args.opts), args).reports[
+        "own_train"
+    ]
     found = {finding.kind: finding.count for finding in report.findings}
     assert found["bad_keypoints"] == 1 and found["no_keypoints"] == 1
     damage_own(lambda content: content["categories"][0].update(keypoints=["nose"]))
     with pytest.raises(ValueError, match="cannot be used"):
-        own_data(load_config(args.config_file, args.opts), args)
+        load_custom_datasets(load_config(args.config_file, args.opts), args)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1", "I;16"])
@@ -496,13 +500,13 @@ def test_pictures_of_all_kinds_are_good(mode: str, folder: Path) -> None:
     picture = Image.new("I;16", picture.size) if mode == "I;16" else picture.convert(mode)
     picture.save(f"pictures/{name}")
     damage_own(first_image(file_name=name))
-    args = argument_parser().parse_args(train(*OWN, "OUTPUT_DIR", "output"))
+    args = nonlocal_argument_parser().parse_args(train(*OWN, "OUTPUT_DIR", "output"))
     cfg = load_config(args.config_file, args.opts)
-    own = own_data(cfg, args)
+    own = load_custom_datasets(cfg, args)
     # Few pictures do not show all classes.
     assert {finding.kind for finding in own.reports["own_train"].findings} <= {"unused_category"}
     own.configure(cfg)
-    read = NamingMapper(cfg, is_train=False)(DatasetCatalog.get("own_train")[0])
+    read = CheckedDatasetMapper(cfg, is_train=False)(DatasetCatalog.get("own_train")[0])
     assert read["image"].shape[0] == 3
 
 

@@ -54,7 +54,7 @@ def test_wrong_arguments_end_with_one_sentence(arguments, said):
 
 def test_stock_and_blocks_do_the_same_work():
     models = benchmark_model.build_both(CONFIG, "cpu")
-    inputs = benchmark_model.made_picture((64, 96), 3)
+    inputs = benchmark_model.random_input((64, 96), 3)
     stock, blocks = (benchmark_model.losses(models[name], inputs) for name in ("stock", "blocks"))
     assert stock.keys() == blocks.keys()
     assert all(torch.equal(stock[name], blocks[name]) for name in stock)
@@ -63,7 +63,7 @@ def test_stock_and_blocks_do_the_same_work():
 def test_a_training_step_moves_nothing():
     model = benchmark_model.build_both(CONFIG, "cpu")["blocks"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    benchmark_model.train(model, benchmark_model.made_picture((64, 96), 3))
+    benchmark_model.train(model, benchmark_model.random_input((64, 96), 3))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 

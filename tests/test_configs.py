@@ -26,9 +26,9 @@ from tiny_models import (
     wake,
 )
 
+from nonlocal_det.checkpoint.detection_checkpoint import NonLocalCheckpointer
 from nonlocal_det.config import load_config
 from nonlocal_det.layers import MECHANISMS
-from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(

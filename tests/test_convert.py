@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from nonlocal_det import NonLocalBlock
-from nonlocal_det.modeling.convert import convert_alexhex7, convert_caffe2, convert_mmcv
+from nonlocal_det.checkpoint.convert import convert_alexhex7, convert_caffe2, convert_mmcv
 
 C, D = 6, 4
 X = torch.randn(2, C, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

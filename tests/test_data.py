@@ -20,15 +20,15 @@ import nonlocal_det.data
 from nonlocal_det.data import (
     LAMP_COLORS,
     LampsParams,
-    draw_picture,
     ensure_dataset,
-    picture_rng,
+    image_rng,
     register_lamps,
+    render_image,
     write_dataset,
 )
-from nonlocal_det.data import coco as lamps_coco
 from nonlocal_det.data.builtin import DATASETS
-from nonlocal_det.data.painting import signed_distance
+from nonlocal_det.data.lamps import writer as lamps_coco
+from nonlocal_det.data.lamps.raster import signed_distance
 
 FEW = {"train": 3, "val": 2}
 
@@ -47,7 +47,7 @@ def _read_json(path):
 
 
 def _draw(index, **kwargs):
-    return draw_picture(picture_rng(0, "test", index), **kwargs)
+    return render_image(image_rng(0, "test", index), **kwargs)
 
 
 # ---- the drawing
@@ -182,7 +182,7 @@ def test_annotations_describe_the_pictures(tmp_path):
     for image in content["images"]:
         size = image["height"], image["width"]
         # The recorded seed alone is enough to draw the picture again.
-        picture, instances, lamp = draw_picture(picture_rng(*image["seed"]))
+        picture, instances, lamp = render_image(image_rng(*image["seed"]))
         stored = Image.open(tmp_path / "val" / image["file_name"])
         np.testing.assert_array_equal(np.asarray(stored), picture)
         assert picture.shape == (*size, 3)
@@ -472,7 +472,7 @@ def test_ground_truth_scores_100(written_root):
     evaluator.reset()
     content = _read_json(written_root / "lamps" / "annotations" / "instances_val.json")
     for image in content["images"]:
-        _, instances, _ = draw_picture(picture_rng(*image["seed"]))
+        _, instances, _ = render_image(image_rng(*image["seed"]))
         output = Instances((image["height"], image["width"]))
         corners = [(*i.polygon.min(axis=0), *i.polygon.max(axis=0)) for i in instances]
         output.pred_boxes = Boxes(torch.tensor(corners))

@@ -31,9 +31,9 @@ from tiny_training import DATASET, Place
 from nonlocal_det import add_nonlocal_config
 from nonlocal_det.data import LampsParams, write_dataset
 from nonlocal_det.engine import Trainer
-from nonlocal_det.evaluation import ReportingCOCOEvaluator, fast
-from nonlocal_det.evaluation.curves import precision_recall_figure
-from nonlocal_det.evaluation.table import class_table
+from nonlocal_det.evaluation import ReportingCOCOEvaluator, coco_eval_backend
+from nonlocal_det.evaluation.per_class import per_class_results
+from nonlocal_det.evaluation.precision_recall import precision_recall_figure
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "coco" / "annotations"
 TASKS = ("bbox", "segm", "keypoints")
@@ -87,7 +87,7 @@ def measured(kind, truth, detections, task):
 
 def assert_equal_measures(truth, task, detections):
     official = measured(COCOeval, truth, detections, task)
-    quick = measured(fast.FastCOCOeval, truth, detections, task)
+    quick = measured(coco_eval_backend.FastCOCOeval, truth, detections, task)
     assert len(quick.stats) == len(official.stats) == (10 if task == "keypoints" else 12)
     # Precisions differ in the last bit: pycocotools adds one to each denominator.
     assert quick.stats == pytest.approx(official.stats, rel=0, abs=1e-15)
@@ -152,7 +152,7 @@ def test_the_evaluator_is_quick_and_gives_detectron2s_results(lamps, tmp_path):
     detections = made_detections(lamps, "segm")
     quick, kinds = evaluated(lamps, detections, tmp_path / "quick")
     own = getattr(coco_evaluation, "COCOeval_opt", COCOeval)
-    assert kinds == [fast.FastCOCOeval if own is COCOeval else own] * 2
+    assert kinds == [coco_eval_backend.FastCOCOeval if own is COCOeval else own] * 2
     assert coco_evaluation.COCOeval is COCOeval  # again
     official, kinds = evaluated(lamps, detections, tmp_path / "own", use_fast_impl=False)
     assert kinds == [COCOeval] * 2
@@ -170,7 +170,7 @@ def test_the_evaluator_is_quick_and_gives_detectron2s_results(lamps, tmp_path):
 
 
 def test_without_the_fast_package_pycocotools_measures(lamps, tmp_path, monkeypatch):
-    monkeypatch.setattr(fast, "COCOeval_faster", None)
+    monkeypatch.setattr(coco_eval_backend, "COCOeval_faster", None)
     kinds = evaluated(lamps, made_detections(lamps, "segm"), tmp_path)[1]
     assert kinds == [getattr(coco_evaluation, "COCOeval_opt", COCOeval)] * 2
 
@@ -202,12 +202,12 @@ def by_hand():
     return truth
 
 
-@pytest.mark.parametrize("kind", (COCOeval, fast.FastCOCOeval))
+@pytest.mark.parametrize("kind", (COCOeval, coco_eval_backend.FastCOCOeval))
 def test_table_by_hand(by_hand, kind):
     # Object 1 is found whole, object 2 not, 4 with an IoU of 0.6: at .50, .55 and .60.
     found = [(1, [0, 0, 10, 10]), (3, [0, 60, 10, 6])]
     detections = [{"image_id": 1, "category_id": k, "bbox": box, "score": 0.9} for k, box in found]
-    table = class_table(measured(kind, by_hand, detections, "bbox"))
+    table = per_class_results(measured(kind, by_hand, detections, "bbox"))
     # COCO reads precision at recalls 0, .01, ... 1: 51 of 101 are not above one half.
     half = 100 * 51 / 101
     nan = float("nan")
@@ -216,10 +216,10 @@ def test_table_by_hand(by_hand, kind):
     assert table[2][:2] == ("c", 1) and table[2][2:] == pytest.approx((30, 100, 0, 30))
 
 
-@pytest.mark.parametrize("kind", (COCOeval, fast.FastCOCOeval))
+@pytest.mark.parametrize("kind", (COCOeval, coco_eval_backend.FastCOCOeval))
 def test_table_of_keypoints_counts_objects_that_have_some(by_hand, kind):
     detections = [{"image_id": 1, "category_id": 1, "keypoints": [1, 1, 2] * 17, "score": 0.9}]
-    table = class_table(measured(kind, by_hand, detections, "keypoints"))
+    table = per_class_results(measured(kind, by_hand, detections, "keypoints"))
     assert [row.objects for row in table] == [1, 0, 1]
     assert table[0].ap == pytest.approx(100)
 

@@ -23,14 +23,14 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
 from nonlocal_det import NonLocalBlock
-from nonlocal_det.attention import AttentionRecorder, Look, explorer_page
+from nonlocal_det.attention import AttentionQuery, AttentionRecorder, explorer_page
 from nonlocal_det.attention.explorer import DECADES, MAX_BYTES, _means, _steps, encode
 from nonlocal_det.attention.geometry import Grid
 
 WIDTH, HEIGHT = 120, 80
 LOOKS = [
-    Look((35.0, 25.0), "1 left </script> 90%", (10.0, 10.0, 60.0, 40.0)),
-    Look((90.0, 60.0), "2 right 80%", (70.0, 45.0, 110.0, 75.0)),
+    AttentionQuery((35.0, 25.0), "1 left </script> 90%", (10.0, 10.0, 60.0, 40.0)),
+    AttentionQuery((90.0, 60.0), "2 right 80%", (70.0, 45.0, 110.0, 75.0)),
 ]
 
 
@@ -264,7 +264,7 @@ def text(driver, name: str) -> str:
     return driver.execute_script(f"return document.getElementById({name!r}).innerText")
 
 
-def choose(driver, name: str, value: str) -> None:
+def check_choice(driver, name: str, value: str) -> None:
     driver.execute_script(
         "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
         "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change'))",
@@ -285,14 +285,14 @@ def test_map_under_the_pointer_is_the_recorders(opened, recorder):
         mouse(opened, "mouseMoved", *at)
         np.testing.assert_allclose(point(opened), at, atol=0.2)
         assert_is_the_recorders(opened, recorder, "plain", at)
-    choose(opened, "block", "1")
+    check_choice(opened, "block", "1")
     assert_is_the_recorders(opened, recorder, "signed", (20, 70))
     mouse(opened, "mouseMoved", 100, 10)
     assert_is_the_recorders(opened, recorder, "signed", (100, 10))
 
 
 def test_block_in_a_head_shows_the_detection_under_the_pointer(opened, recorder):
-    choose(opened, "block", "2")
+    check_choice(opened, "block", "2")
     for look in LOOKS:
         at = (look.box[0] + 3, look.box[3] - 4)
         mouse(opened, "mouseMoved", *at)
@@ -304,12 +304,12 @@ def test_block_in_a_head_shows_the_detection_under_the_pointer(opened, recorder)
 
 @pytest.mark.parametrize("scale", ["linear", "log"])
 def test_canvas_shows_the_recorders_map_in_its_place(opened, recorder, scale):
-    choose(opened, "scale", scale)
-    choose(opened, "opacity", "100")
+    check_choice(opened, "scale", scale)
+    check_choice(opened, "opacity", "100")
     press(opened, "a")  # no arrows
     for at in [(30, 30), (100, 70)]:
         mouse(opened, "mouseMoved", *at)
-        heat = recorder.attention("plain", [at])[0]
+        heat = recorder.attention_maps("plain", [at])[0]
         heat = heat / heat.max()
         if scale == "log":
             heat = np.clip(1 + np.log10(np.maximum(heat, 1e-9)) / DECADES, 0, 1)

@@ -21,7 +21,7 @@ from PIL import Image
 from tiny_models import wake
 
 from nonlocal_det.config import load_config
-from nonlocal_det.data.lamps import draw_picture
+from nonlocal_det.data.lamps.generator import render_image
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO = ROOT.parent / "shared" / "data" / "coco"
@@ -59,7 +59,7 @@ def command(picture, output, weights, way, options=OPTIONS):
 @pytest.fixture
 def lamps(tmp_path):
     path = tmp_path / "lamps.png"
-    Image.fromarray(draw_picture(np.random.default_rng(0))[0]).save(path)
+    Image.fromarray(render_image(np.random.default_rng(0))[0]).save(path)
     return path
 
 
@@ -128,7 +128,7 @@ def test_detectron2s_own_tests():
     source = os.environ.get("DETECTRON2_SOURCE")
     if not source:
         pytest.skip("DETECTRON2_SOURCE names no checkout of detectron2")
-    # The other files take an hour: python tests/upstream.py
+    # The other files take an hour: python tests/run_detectron2_tests.py
     stock, ours = upstream.compare(Path(source), upstream.FILES[:1])
     assert upstream.passed(stock) and upstream.passed(stock) <= upstream.passed(ours)
     assert upstream.passed(stock) <= set(ours["ours"])

@@ -356,10 +356,10 @@ def test_attention_rows_are_the_weights_of_the_equation(case):
     block = active_block(name, dims)
     count = math.prod(x.shape[2:])
     queries = torch.tensor([count - 1, 0, count // 2])
-    rows = block.attention(x, queries, mask)
+    rows = block.attention_weights(x, queries, mask)
     for b, expected in enumerate(reference(name, block, x, mask)[1]):
         assert_close(rows[b].flatten(1), expected[queries], rtol=1e-8, atol=1e-8)
-    assert block.attention(x, queries[:0], mask).shape == (x.shape[0], 0, *rows.shape[2:])
+    assert block.attention_weights(x, queries[:0], mask).shape == (x.shape[0], 0, *rows.shape[2:])
 
 
 @pytest.mark.parametrize("name", (*PAIRWISE, "scaled", "disentangled", "windows"))
@@ -367,13 +367,13 @@ def test_attention_rows_times_values_are_the_sums(name):
     """Where one map tells all: not behind GC's bottleneck, nor where groups or channels differ."""
     block = active_block(name)
     x, mask = random_input(2, (3, 4), masked=True)
-    rows = block.attention(x, torch.arange(12), mask).flatten(2)
+    rows = block.attention_weights(x, torch.arange(12), mask).flatten(2)
     assert_close(block.aggregate(x, mask).flatten(2), block.g(x).flatten(2) @ rows.transpose(1, 2))
 
 
 def test_keys_of_attention_keep_their_shape():
     block = NonLocalBlock(4, dims=3, subsample=2)
-    rows = block.attention(torch.randn(2, 4, 3, 5, 6), torch.tensor([0, 89]))
+    rows = block.attention_weights(torch.randn(2, 4, 3, 5, 6), torch.tensor([0, 89]))
     assert rows.shape == (2, 2, 3, 3, 3)
     assert_close(rows.flatten(2).sum(2), torch.ones(2, 2))
 
@@ -683,6 +683,6 @@ def test_a_wrong_input_or_mask_is_an_error(mechanism):
         with pytest.raises(ValueError, match=r"mask is .*boolean of shape \[2, 3, 5\]"):
             block(x, mask)
         with pytest.raises(ValueError, match="mask is"):
-            block.attention(x, torch.tensor([0]), mask)
+            block.attention_weights(x, torch.tensor([0]), mask)
     with pytest.raises(ValueError, match="x has 3 dimensions; a block with dims=2 takes 4"):
         block(x[0])

@@ -35,14 +35,14 @@ from tiny_models import (
 from nonlocal_det import PositionError
 from nonlocal_det.config import load_config
 from nonlocal_det.data import ensure_dataset
-from nonlocal_det.modeling import block_maker, insert_after_outputs
+from nonlocal_det.modeling import insert_after_outputs, nonlocal_block_factory
 
 ROOT = Path(__file__).resolve().parent.parent
 LAZY = sorted((ROOT / "configs" / "lazy").glob("*.py"))
 
 
 def tiny_lazy(path):
-    """A LazyConfig's model, narrow, sampling little; and with anchors for every level."""
+    """A LazyConfig's model, saturating_cast, sampling little; and with anchors for every level."""
     model = LazyConfig.load(str(path)).model
     model.backbone.out_channels = 32
     model.proposal_generator.head.in_channels = 32
@@ -228,7 +228,7 @@ def test_blocks_after_the_outputs_of_any_backbone(name):
     torch.manual_seed(0)
     stock = build().eval()
     model = copy.deepcopy(stock)
-    assert insert_after_outputs(model, positions, block_maker(NORM="")) is model
+    assert insert_after_outputs(model, positions, nonlocal_block_factory(NORM="")) is model
     assert names_without_blocks(model) == list(stock.state_dict())
     assert list(blocks_of(model)) == [f"non_local.{name}" for name in positions]
     picture = torch.rand(2, 3, 64, 96)

@@ -37,8 +37,8 @@ from tiny_models import (
 )
 
 from nonlocal_det import PositionError
-from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
-from nonlocal_det.modeling.places import check_positions
+from nonlocal_det.checkpoint.detection_checkpoint import NonLocalCheckpointer
+from nonlocal_det.modeling.supported_positions import check_positions
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 RESNET = ("res2[0]", "res3[-1]", "res4[-2]", "res5[::2]")

@@ -33,7 +33,7 @@ from tiny_models import (
 )
 
 from nonlocal_det.attention import AttentionRecorder
-from nonlocal_det.modeling.padding import inside_images
+from nonlocal_det.modeling.padding_mask import valid_pixel_mask
 
 SIZES = (70, 90), (128, 160)  # the first one alone is padded to 96 x 96
 RESNET = ("res3[0]", "res4[-2]", "res5[-1]")
@@ -159,7 +159,7 @@ def masks_of_a_call(model, size):
     seen = {}
     handles = [
         block.register_forward_pre_hook(
-            lambda block, args, name=name: seen.update({name: block.mask_of(args[0], None)})
+            lambda block, args, name=name: seen.update({name: block.resolve_mask(args[0], None)})
         )
         for name, block in blocks_of(model).items()
     ]
@@ -183,14 +183,14 @@ def test_blocks_have_a_mask_during_a_call_and_where_something_is_padded(model):
         expected = torch.zeros(1, 96 // stride, 64 // stride, dtype=torch.bool)
         expected[:, :rows, :columns] = True
         assert torch.equal(masks[name], expected)
-    assert all(block.image_mask.numel() == 0 for block in blocks_of(model).values())
+    assert all(block.pixel_mask.numel() == 0 for block in blocks_of(model).values())
 
 
 def test_only_the_end_of_an_image_is_padding():
     picture = torch.zeros(2, 3, 6, 8)
     picture[0, 1, 4, 2] = -0.5  # all before it is inside: a zero pixel is a pixel
     picture[1, :, 0, 0] = float("nan")
-    mask = inside_images(picture)
+    mask = valid_pixel_mask(picture)
     expected = torch.zeros(2, 6, 8, dtype=torch.bool)
     expected[0, :5, :3] = True
     expected[1, 0, 0] = True

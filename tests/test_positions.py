@@ -67,7 +67,7 @@ def test_slice_is_pythons(names, start, stop, step):
 def test_settings_are_read_as_python_values(place, index, values):
     text = " ".join([place + index, *(f"{key}={value}" for key, value in values.items())])
     position = parse_position(text)
-    assert (position.text, position.place, position.settings) == (text, place, values)
+    assert (position.text, position.target, position.settings) == (text, place, values)
     assert (position.index is None) == (index == "")
 
 
@@ -78,7 +78,7 @@ def test_any_text_is_a_position_or_one_error(text):
     except PositionError as error:
         assert repr(text) in str(error) and "\n" not in str(error)
     else:
-        assert position.place in text
+        assert position.target in text
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ import torch
 from tiny_models import assert_same
 from tiny_training import DATASET, Place
 
-from nonlocal_det.engine.checkpoint import is_whole
-from nonlocal_det.engine.record import commit_of
-from nonlocal_det.engine.resume import cut_metrics
-from nonlocal_det.files import BESIDE
+from nonlocal_det.checkpoint.atomic_checkpoint import is_intact
+from nonlocal_det.engine.hooks import truncate_metrics
+from nonlocal_det.engine.run_info import commit_of
+from nonlocal_det.utils.file_io import TMP_SUFFIX
 
 PROJECT = Path(__file__).parents[1]
 
@@ -145,12 +145,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_newest_whole_one(place: Place) ->
     (folder / "model_final.pth").write_bytes((folder / "model_final.pth").read_bytes()[:-1])
     (folder / "model_0000005.pth").unlink()
     (folder / "foreign.pth").write_bytes((folder / "model_0000001.pth").read_bytes())
-    (folder / f"0123456789abcdef-model_0000005.pth{BESIDE}").write_bytes(b"of a killed run")
+    (folder / f"0123456789abcdef-model_0000005.pth{TMP_SUFFIX}").write_bytes(b"of a killed run")
     said = place.train("damaged", "--resume")
     assert "Starting training from iteration 4" in said
     assert "model_final.pth, is damaged or missing" in said
     assert_same(state(place, "damaged"), expected)
-    assert not list(folder.glob(f"*{BESIDE}"))
+    assert not list(folder.glob(f"*{TMP_SUFFIX}"))
 
     for path in folder.glob("model_*.pth"):
         path.write_bytes(b"")
@@ -177,7 +177,7 @@ def test_metrics_are_cut_where_training_goes_on(
     path = tmp_path / "metrics.json"
     whole = [json.dumps({"iteration": iteration, "loss": 1.0}) + "\n" for iteration in lines]
     path.write_text("".join(whole) + '{"iteration": 3, "lo')  # killed while it wrote
-    assert cut_metrics(str(path), start) == (lines[kept - 1] if kept else None)
+    assert truncate_metrics(str(path), start) == (lines[kept - 1] if kept else None)
     assert path.read_text() == "".join(whole[:kept])
 
 
@@ -200,8 +200,8 @@ def test_many_kills_lose_nothing(whole: Place) -> None:
         run.kill()
         run.join()
         assert run.exitcode == -9, (whole.folder / "killed.said").read_text()[-3000:]
-        inside += any(output.glob(f"*{BESIDE}"))
-        broken = [str(path) for path in output.glob("*.pth") if not is_whole(str(path))]
+        inside += any(output.glob(f"*{TMP_SUFFIX}"))
+        broken = [str(path) for path in output.glob("*.pth") if not is_intact(str(path))]
         assert not broken
         if (output / "last_checkpoint").exists():
             assert (output / (output / "last_checkpoint").read_text()).exists()
@@ -211,16 +211,16 @@ def test_many_kills_lose_nothing(whole: Place) -> None:
     whole.train("unkilled", *options, end)
     print(f"{KILLS} kills in {end} iterations, {inside} while a file was being written")
     assert inside >= KILLS // 5
-    assert not list(output.glob(f"*{BESIDE}"))
+    assert not list(output.glob(f"*{TMP_SUFFIX}"))
     assert_same(state(whole, "killed"), state(whole, "unkilled"))
     assert whole.metrics("killed") == whole.metrics("unkilled")
 
 
 def wait_for_writing(output: Path, rng: random.Random) -> None:
     """Until a file is being written, and up to some milliseconds more."""
-    for old in output.glob(f"*{BESIDE}"):
+    for old in output.glob(f"*{TMP_SUFFIX}"):
         old.unlink()
     end = time.monotonic() + 120
-    while not any(output.glob(f"*.pth{BESIDE}")):
+    while not any(output.glob(f"*.pth{TMP_SUFFIX}")):
         assert time.monotonic() < end
     time.sleep(rng.uniform(0, 0.02))

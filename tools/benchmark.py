@@ -31,9 +31,9 @@ import benchmark_model
 import torch
 from benchmark_case import DTYPES, MAKERS, Case, fits, in_new_process, products_in
 
-from nonlocal_det.engine import one_sentence_errors
-from nonlocal_det.files import check_folder
+from nonlocal_det.errors import exit_on_error
 from nonlocal_det.layers import PAIRWISE
+from nonlocal_det.utils.file_io import ensure_writable_dir
 
 SHAPES = ((512, 100, 168), (1024, 50, 84))
 MIB = 2**20
@@ -172,7 +172,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_arguments(arguments: Optional[list[str]] = None) -> argparse.Namespace:
+def parse_args(arguments: Optional[list[str]] = None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
@@ -203,16 +203,16 @@ def parse_arguments(arguments: Optional[list[str]] = None) -> argparse.Namespace
 
 def main() -> None:
     """Measure, print, write."""
-    options = parse_arguments()
+    options = parse_args()
     if options.output:
-        with one_sentence_errors():
-            check_folder(options.output)
+        with exit_on_error():
+            ensure_writable_dir(options.output)
     found = machine(options.device, options.threads)
     print(", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
     if options.device == "cpu" and found["load"] > 0.5:
         print("Other programs are busy: times will be too long, of the fast forms above all.")
     if options.config_file:
-        with one_sentence_errors():
+        with exit_on_error():
             benchmark_model.compare(
                 options.config_file, tuple(options.size), options.rounds, options.device
             )

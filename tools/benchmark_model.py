@@ -24,7 +24,7 @@ Inputs = list[dict[str, object]]
 def compare(config_file: str, size: tuple[int, int], rounds: int, device: str) -> None:
     """Print the medians and the ratio, for one picture of ``size`` (height, width) in pixels."""
     models = build_both(config_file, device)
-    inputs = made_picture(size, len_classes=models["stock"].roi_heads.num_classes)
+    inputs = random_input(size, len_classes=models["stock"].roi_heads.num_classes)
     for mode, run in (("inference", infer), ("training", train)):
         seconds: dict[str, list[float]] = {name: [] for name in models}
         for turn in range(rounds + 1):
@@ -53,7 +53,7 @@ def build_both(config_file: str, device: str) -> dict[str, nn.Module]:
     return models
 
 
-def made_picture(size: tuple[int, int], len_classes: int, count: int = 8) -> Inputs:
+def random_input(size: tuple[int, int], len_classes: int, count: int = 8) -> Inputs:
     """Noise with ``count`` annotated squares."""
     generator = torch.Generator().manual_seed(0)
     side = min(size) // 4

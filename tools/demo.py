@@ -26,8 +26,10 @@ from detectron2.engine import DefaultPredictor, default_argument_parser
 from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 
-from nonlocal_det.attention import AttentionRecorder, detection_figure, save_figure
-from nonlocal_det.engine import RunFailure, Trainer, checked_config, one_sentence_errors, setup
+from nonlocal_det.attention import AttentionRecorder, detection_figure
+from nonlocal_det.engine import Trainer, load_and_check_cfg, setup
+from nonlocal_det.errors import TrainingError, exit_on_error
+from nonlocal_det.utils.plotting import save_figure
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = "lamps_mask_rcnn_R18_NL.yaml"
@@ -128,13 +130,13 @@ def main(args: Namespace) -> None:
     args.config_file = args.config_file or os.path.join(PROJECT, "configs", CONFIG)
     folder = os.path.relpath(os.path.join(PROJECT, "output", "demo"))
     args.opts = ["OUTPUT_DIR", folder, *args.opts]
-    with one_sentence_errors():
-        log_to_file(checked_config(args).cfg.OUTPUT_DIR)
+    with exit_on_error():
+        log_to_file(load_and_check_cfg(args).cfg.OUTPUT_DIR)
         cfg = setup(args)
 
     positions = ", ".join(cfg.MODEL.NONLOCAL.POSITIONS)
     print(f"Training a Mask R-CNN R18-FPN with a non-local block at {positions} ...")
-    with one_sentence_errors(RunFailure):
+    with exit_on_error(TrainingError):
         results = DemoTrainer(cfg).train()
     print_table(results)
 

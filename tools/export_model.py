@@ -27,12 +27,13 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
+from nonlocal_det.checkpoint.detection_checkpoint import NonLocalCheckpointer
 from nonlocal_det.config import load_config
-from nonlocal_det.engine import check_dataset, one_sentence_errors
-from nonlocal_det.files import check_folder
-from nonlocal_det.modeling.checkpoint import NonLocalCheckpointer
-from nonlocal_det.modeling.checks import check_trained
-from nonlocal_det.modeling.places import check_positions
+from nonlocal_det.engine import check_dataset_registered
+from nonlocal_det.engine.preflight import check_inference_cfg
+from nonlocal_det.errors import exit_on_error
+from nonlocal_det.modeling.supported_positions import check_positions
+from nonlocal_det.utils.file_io import ensure_writable_dir
 
 Detections = dict[str, Tensor]
 Exported = Callable[[Tensor], Detections]
@@ -56,13 +57,13 @@ def main(argv: list[str] | None = None) -> None:
     """Export as the arguments say; ends with one sentence where that is not possible."""
     args = parse(argv)
     setup_logger()
-    with one_sentence_errors():
+    with exit_on_error():
         if (args.format, args.export_method) == ("onnx", "scripting"):
             raise ValueError("ONNX is exported by tracing: use --export-method tracing.")
         cfg = configuration(args)
         image = sample(cfg, args.sample_image)
         model = load(cfg)
-        check_folder(args.output)
+        ensure_writable_dir(args.output)
         path = os.path.join(args.output, "model.onnx" if args.format == "onnx" else "model.ts")
         exported = export(model, image, args.export_method, path)
         print(f"Wrote {path}.")
@@ -90,7 +91,7 @@ def configuration(args: argparse.Namespace) -> CfgNode:
     check_positions(cfg)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    check_trained(cfg)
+    check_inference_cfg(cfg)
     cfg.freeze()
     return cfg
 
@@ -110,7 +111,7 @@ def load(cfg: CfgNode) -> nn.Module:
 def sample(cfg: CfgNode, path: str | None) -> Tensor:
     """A picture (3, H, W), float32, resized as in testing."""
     if path is None:
-        check_dataset(cfg.DATASETS.TEST[0])
+        check_dataset_registered(cfg.DATASETS.TEST[0])
         path = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]["file_name"]
     picture = read_image(path, format=cfg.INPUT.FORMAT)
     shortest = cfg.INPUT.MIN_SIZE_TEST

@@ -12,24 +12,25 @@ from typing import Any
 
 from detectron2.engine import default_argument_parser
 
-from nonlocal_det.engine import RunFailure, WholeCheckpointer, launch, one_sentence_errors
-from nonlocal_det.engine.lazy import LazyTrainer, checked_config, setup
+from nonlocal_det.engine import AtomicCheckpointer, launch
+from nonlocal_det.engine.lazy_trainer import LazyTrainer, load_and_check_cfg, setup
+from nonlocal_det.errors import TrainingError, exit_on_error
 
 
 def main(args: Namespace) -> Any:
     """Train, or with ``--eval-only`` evaluate; ends with one sentence if it cannot."""
-    with one_sentence_errors():
+    with exit_on_error():
         cfg = setup(args)
         if args.eval_only:
             model = LazyTrainer.build_model(cfg)
-            WholeCheckpointer(model).load(cfg.train.init_checkpoint)
+            AtomicCheckpointer(model).load(cfg.train.init_checkpoint)
         else:
             trainer = LazyTrainer(cfg)
             trainer.resume_or_load(resume=args.resume)
-    with one_sentence_errors(RunFailure):
+    with exit_on_error(TrainingError):
         return LazyTrainer.test(cfg, model) if args.eval_only else trainer.train()
 
 
 if __name__ == "__main__":
     arguments = default_argument_parser().parse_args()
-    launch(main, arguments, lambda: checked_config(arguments).device)
+    launch(main, arguments, lambda: load_and_check_cfg(arguments).device)

@@ -5,7 +5,7 @@
     python tools/measure_attention.py --config-file configs/mask_rcnn_R50_NL.yaml \
         --weights model_final.pth --dataset coco_2017_val --images 500 --output measured
 
-Writes attention.csv and attention.png; nonlocal_det/attention/dependence.py says what the numbers
+Writes attention.csv and attention.png; nonlocal_det/attention/statistics.py says what the numbers
 are. Without a configuration it takes the model that ``tools/demo.py`` trained.
 """
 
@@ -25,18 +25,19 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 
 from nonlocal_det.attention import AttentionRecorder
-from nonlocal_det.attention.command import add_arguments, load_cfg
-from nonlocal_det.attention.dependence import Dependence, mean, measure, plot, write_table
-from nonlocal_det.engine import check_dataset, one_sentence_errors
-from nonlocal_det.files import check_folder
+from nonlocal_det.attention.statistics import AttentionStats, mean, measure, plot, write_table
+from nonlocal_det.cli.model_args import add_model_arguments, setup_cfg
+from nonlocal_det.engine import check_dataset_registered
+from nonlocal_det.errors import exit_on_error
+from nonlocal_det.utils.file_io import ensure_writable_dir
 
 
-def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser)
+    add_model_arguments(parser)
     parser.add_argument("--dataset", help="by default the first of DATASETS.TEST")
     parser.add_argument("--images", type=int, default=100, help="how many, at most (default 100)")
     parser.add_argument("--queries", type=int, default=64, help="in each image (default 64)")
@@ -46,12 +47,14 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     return options
 
 
-def measure_dataset(cfg: CfgNode, dataset: str, images: int, queries: int) -> dict[str, Dependence]:
+def measure_dataset(
+    cfg: CfgNode, dataset: str, images: int, queries: int
+) -> dict[str, AttentionStats]:
     """The mean numbers of each block over the first images; blocks never reached are left out."""
     model = build_model(cfg).eval()
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     recorder, mapper = AttentionRecorder(model), DatasetMapper(cfg, is_train=False)
-    found: dict[str, list[Optional[Dependence]]] = {name: [] for name in recorder.blocks}
+    found: dict[str, list[Optional[AttentionStats]]] = {name: [] for name in recorder.blocks}
     for seed, record in enumerate(DatasetCatalog.get(dataset)[:images]):
         with torch.no_grad(), recorder:
             model([mapper(record)])
@@ -61,22 +64,22 @@ def measure_dataset(cfg: CfgNode, dataset: str, images: int, queries: int) -> di
     return {name: numbers for name, numbers in means.items() if numbers is not None}
 
 
-def print_table(numbers: dict[str, Dependence]) -> None:
+def print_table(numbers: dict[str, AttentionStats]) -> None:
     """A row for each block."""
     width = max(map(len, numbers), default=5)
-    print(" " * width + "".join(f"{field.name:>10}" for field in fields(Dependence)))
+    print(" " * width + "".join(f"{field.name:>10}" for field in fields(AttentionStats)))
     for name, row in numbers.items():
         print(f"{name:{width}}" + "".join(f"{value:10.4f}" for value in astuple(row)))
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Measure, print, write."""
-    args = parse_arguments(arguments)
-    with one_sentence_errors():
-        check_folder(args.output)
-        cfg = load_cfg(args)
+    args = parse_args(arguments)
+    with exit_on_error():
+        ensure_writable_dir(args.output)
+        cfg = setup_cfg(args)
         dataset = args.dataset or cfg.DATASETS.TEST[0]
-        check_dataset(dataset)
+        check_dataset_registered(dataset)
         numbers = measure_dataset(cfg, dataset, args.images, args.queries)
         print_table(numbers)
         write_table(numbers, os.path.join(args.output, "attention.csv"))

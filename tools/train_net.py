@@ -20,30 +20,29 @@ from detectron2.engine import hooks
 from detectron2.evaluation import verify_results
 
 from nonlocal_det.engine import (
-    RunFailure,
+    AtomicCheckpointer,
     Trainer,
-    WholeCheckpointer,
-    argument_parser,
-    check_data,
-    checked_config,
     launch,
-    one_sentence_errors,
+    load_and_check_cfg,
+    nonlocal_argument_parser,
+    run_dataset_check,
     setup,
 )
+from nonlocal_det.errors import TrainingError, exit_on_error
 
 
 def main(args: Namespace) -> Any:
     """Train, or with ``--eval-only`` evaluate; ends with one sentence if it cannot."""
-    with one_sentence_errors():
+    with exit_on_error():
         cfg = setup(args)
         if args.eval_only:
             model = Trainer.build_model(cfg)
-            checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR)
+            checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
             checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         else:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
-    with one_sentence_errors(RunFailure):
+    with exit_on_error(TrainingError):
         return evaluate(cfg, model) if args.eval_only else train(cfg, trainer)
 
 
@@ -66,8 +65,8 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> Any:
 
 
 if __name__ == "__main__":
-    arguments = argument_parser().parse_args()
+    arguments = nonlocal_argument_parser().parse_args()
     if arguments.check:
-        with one_sentence_errors():
-            sys.exit(not check_data(arguments))
-    launch(main, arguments, lambda: checked_config(arguments).device)
+        with exit_on_error():
+            sys.exit(not run_dataset_check(arguments))
+    launch(main, arguments, lambda: load_and_check_cfg(arguments).device)

@@ -25,38 +25,38 @@ from detectron2.structures import Boxes, Instances
 from matplotlib.figure import Figure
 
 from nonlocal_det.attention import (
+    AttentionQuery,
     AttentionRecorder,
-    Look,
+    attention_figure,
+    attention_panel,
     detection_figure,
+    draw_point,
     explorer_page,
-    fit,
-    instances_over,
-    look_figure,
-    looks_of,
-    panel,
-    point_over,
-    save_figure,
+    overlay_instances,
+    queries_from_instances,
+    resize_longest_side,
 )
-from nonlocal_det.attention.command import add_arguments, load_cfg
-from nonlocal_det.attention.pictures import (
-    find_files,
+from nonlocal_det.attention.image_io import (
+    expand_inputs,
     is_video,
-    read_picture,
+    read_image_rgb,
     read_video,
     video_writer,
 )
-from nonlocal_det.engine import one_sentence_errors
-from nonlocal_det.files import check_folder
+from nonlocal_det.cli.model_args import add_model_arguments, setup_cfg
+from nonlocal_det.errors import exit_on_error
+from nonlocal_det.utils.file_io import ensure_writable_dir
+from nonlocal_det.utils.plotting import save_figure
 
 FRAME = 480  # pixels of the longer side of each panel of a video
 
 
-def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser)
+    add_model_arguments(parser)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="images, folders, patterns, videos")
     add("--score", type=float, default=0.5, help="least score of a detection (default 0.5)")
@@ -111,7 +111,7 @@ class Viewer:
         """Draw one file; ``target`` is a path without ending. The paths written."""
         if is_video(path):
             return self._view_video(path, target + ".mp4")
-        image = read_picture(path)
+        image = read_image_rgb(path)
         instances = self._detect(image)
         figure = self._figure(image, instances)
         paths = [f"{target}.{ending}" for ending in self._args.format]
@@ -135,10 +135,13 @@ class Viewer:
         instances = instances[instances.scores >= self._args.score]
         return instances[instances.scores.argsort(descending=True)[: self._args.count]]
 
-    def _looks(self, instances: Instances) -> list[Look]:
+    def _looks(self, instances: Instances) -> list[AttentionQuery]:
         if self._args.point:
-            return [Look(p, f"{n} ({p[0]:g}, {p[1]:g})") for n, p in enumerate(self._args.point, 1)]
-        return looks_of(instances, self._metadata.get("thing_classes"))
+            return [
+                AttentionQuery(p, f"{n} ({p[0]:g}, {p[1]:g})")
+                for n, p in enumerate(self._args.point, 1)
+            ]
+        return queries_from_instances(instances, self._metadata.get("thing_classes"))
 
     def _seen(self) -> list[str]:
         """The blocks to draw: a block in a head sees detections, and a point only when asked to."""
@@ -159,12 +162,12 @@ class Viewer:
                 by_class=self._args.by_class,
                 **options,
             )
-        overview, factor = fit(image, 600)
+        overview, factor = resize_longest_side(image, 600)
         looks = self._looks(instances)
         for look in looks:
             x, y = look.point
-            overview = point_over(overview, (x * factor, y * factor), look.label.split()[0])
-        return look_figure(image, looks, self._recorder, overview=overview, **options)
+            overview = draw_point(overview, (x * factor, y * factor), look.label.split()[0])
+        return attention_figure(image, looks, self._recorder, overview=overview, **options)
 
     def _view_video(self, path: str, target: str) -> list[str]:
         """Frame by frame: the detections, and what the first place looks at in each block."""
@@ -177,9 +180,12 @@ class Viewer:
     def _strip(self, frame: np.ndarray) -> np.ndarray:
         instances = self._detect(frame)
         looks = self._looks(instances)
-        picture = fit(frame, FRAME)[0]
-        labels = [look.label for look in looks_of(instances, self._metadata.get("thing_classes"))]
-        parts = [instances_over(picture, instances, labels, metadata=self._metadata)]
+        picture = resize_longest_side(frame, FRAME)[0]
+        labels = [
+            look.label
+            for look in queries_from_instances(instances, self._metadata.get("thing_classes"))
+        ]
+        parts = [overlay_instances(picture, instances, labels, metadata=self._metadata)]
         for block in self._blocks:
             # Without a place, or where the call did not reach the block, the frame stays as it is.
             part = picture
@@ -188,11 +194,11 @@ class Viewer:
             parts.append(part)
         return np.concatenate(parts, axis=1)
 
-    def _frame_panel(self, frame: np.ndarray, block: str, look: Look) -> np.ndarray:
+    def _frame_panel(self, frame: np.ndarray, block: str, look: AttentionQuery) -> np.ndarray:
         boxes = None if look.box is None else [look.box]
-        heat = self._recorder.attention(block, [look.point], boxes=boxes)[0]
+        heat = self._recorder.attention_maps(block, [look.point], boxes=boxes)[0]
         targets = self._recorder.strongest(block, look.point, self._args.arrows, box=look.box)
-        return panel(frame, heat, look, targets, longest=FRAME)
+        return attention_panel(frame, heat, look, targets, longest=FRAME)
 
 
 def _nothing(image: np.ndarray) -> Instances:
@@ -221,13 +227,13 @@ def free_targets(paths: Sequence[str], folder: str) -> list[str]:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Draw every file; the number of those that could not be."""
-    args = parse_arguments(arguments)
-    with one_sentence_errors():
-        check_folder(args.output)
-        paths = find_files(args.input)
+    args = parse_args(arguments)
+    with exit_on_error():
+        ensure_writable_dir(args.output)
+        paths = expand_inputs(args.input)
         if not paths:
             raise ValueError(f"No images or videos are in {', '.join(args.input)}.")
-        viewer = Viewer(load_cfg(args), args)
+        viewer = Viewer(setup_cfg(args), args)
     failed = 0
     for path, target in zip(paths, free_targets(paths, args.output)):
         try:

@@ -3,7 +3,7 @@
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
-from nonlocal_det.modeling import block_maker, insert_after_outputs
+from nonlocal_det.modeling import insert_after_outputs, nonlocal_block_factory
 
 _zoo = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_regnetx_4gf_dds_fpn_1x.py")
 dataloader, lr_multiplier, model = _zoo.dataloader, _zoo.lr_multiplier, _zoo.model
@@ -13,5 +13,5 @@ model.backbone.in_features = ["s1", "s2", "s3", "s4"]
 model.backbone.bottom_up = L(insert_after_outputs)(
     backbone=model.backbone.bottom_up,
     positions=["s3"],
-    make_block=L(block_maker)(NORM="", SUBSAMPLE=True, POOL_FIRST=True),
+    make_block=L(nonlocal_block_factory)(NORM="", SUBSAMPLE=True, POOL_FIRST=True),
 )

@@ -25,9 +25,9 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from .draw import DIVERGING, SEQUENTIAL, check_picture
-from .figure import Look
+from .figure import AttentionQuery
 from .geometry import Grid
+from .overlay import DIVERGING, SEQUENTIAL, check_image
 from .recorder import AttentionRecorder
 
 MAX_BYTES = 8_000_000
@@ -42,7 +42,7 @@ _CHUNK = 256  # rows computed at a time
 
 def explorer_page(
     image: np.ndarray,
-    looks: Sequence[Look],
+    looks: Sequence[AttentionQuery],
     recorder: AttentionRecorder,
     *,
     title: str,
@@ -62,7 +62,7 @@ def explorer_page(
     Raises:
         KeyError: for a block that the call did not reach.
     """
-    check_picture(image)
+    check_image(image)
     picture = _picture_url(image)
     names = recorder.recorded if blocks is None else list(blocks)
     room = (0.97 * MAX_BYTES - len(picture)) * 3 / 4 - 60_000
@@ -107,7 +107,11 @@ def _colors(name: str) -> bytes:
 
 
 def _block(
-    recorder: AttentionRecorder, name: str, looks: Sequence[Look], index: int, budget: float
+    recorder: AttentionRecorder,
+    name: str,
+    looks: Sequence[AttentionQuery],
+    index: int,
+    budget: float,
 ) -> dict[str, Any]:
     """A block's views: one of the whole picture, or in a head one for each detection."""
     in_head = recorder.regions(name, image=index) is not None

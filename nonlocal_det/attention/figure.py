@@ -5,7 +5,6 @@ Figures are matplotlib's, made without its global state; `save_figure` writes PN
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,20 +20,21 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from .draw import (
+from ..utils.plotting import FIGURE_STYLE
+from .geometry import Grid
+from .overlay import (
     ACCENT,
     DIVERGING,
     SEQUENTIAL,
     SIGNED_ACCENT,
-    arrows_over,
-    box_over,
-    fit,
-    heat_over,
-    instances_over,
+    draw_arrows,
+    draw_box,
     is_signed,
-    limit_of,
+    max_magnitude,
+    overlay_attention,
+    overlay_instances,
+    resize_longest_side,
 )
-from .geometry import Grid
 from .recorder import AttentionRecorder
 
 # Lengths in inches, but pixels where named so.
@@ -45,11 +45,9 @@ _TITLE = 0.24
 _BAR = 0.09
 _DPI = 200
 
-_STYLE = {"font.family": "DejaVu Sans", "font.size": 7.5, "pdf.fonttype": 42}
-
 
 @dataclass(frozen=True)
-class Look:
+class AttentionQuery:
     """One place of a picture, and the detection that it stands for, if any.
 
     Attributes:
@@ -63,7 +61,9 @@ class Look:
     box: Optional[tuple[float, float, float, float]] = None
 
 
-def looks_of(instances: Instances, names: Optional[Sequence[str]] = None) -> list[Look]:
+def queries_from_instances(
+    instances: Instances, names: Optional[Sequence[str]] = None
+) -> list[AttentionQuery]:
     """The centres of detections, labelled with number, name and score: "1 person 98%"."""
     boxes = instances.pred_boxes.tensor.cpu().numpy().astype(float)
     classes = instances.pred_classes.tolist()
@@ -72,14 +72,14 @@ def looks_of(instances: Instances, names: Optional[Sequence[str]] = None) -> lis
     for number, (box, index, score) in enumerate(zip(boxes, classes, scores), start=1):
         name = names[index] if names else f"class {index}"
         center = (float(box[0] + box[2]) / 2, float(box[1] + box[3]) / 2)
-        looks.append(Look(center, f"{number} {name} {score:.0%}", tuple(box.tolist())))
+        looks.append(AttentionQuery(center, f"{number} {name} {score:.0%}", tuple(box.tolist())))
     return looks
 
 
-def panel(
+def attention_panel(
     image: np.ndarray,
     heat: np.ndarray,
-    look: Look,
+    look: AttentionQuery,
     targets: Sequence[tuple[float, float, float]] = (),
     *,
     signed: Optional[bool] = None,
@@ -92,24 +92,24 @@ def panel(
         heat: (H, W), as `AttentionRecorder.attention` gives.
         look: the place.
         targets: (x, y, weight), as `AttentionRecorder.strongest` gives.
-        signed: as in `draw.heat_over`.
+        signed: as in `draw.overlay_attention`.
         longest: pixels of the longer side of what is returned.
 
     Returns:
         RGB uint8.
     """
-    picture, factor = fit(image, longest)
+    picture, factor = resize_longest_side(image, longest)
     height, width = picture.shape[:2]
-    limit = limit_of(heat)
+    limit = max_magnitude(heat)
     heat = cv2.resize(heat.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     signed = is_signed(heat) if signed is None else signed
     color = SIGNED_ACCENT if signed else ACCENT
-    result = heat_over(picture, heat, limit=limit, signed=signed)
+    result = overlay_attention(picture, heat, limit=limit, signed=signed)
     if look.box is not None:
-        result = box_over(result, [v * factor for v in look.box], color=color)
+        result = draw_box(result, [v * factor for v in look.box], color=color)
     scaled = [(x * factor, y * factor, weight) for x, y, weight in targets]
     point = (look.point[0] * factor, look.point[1] * factor)
-    return arrows_over(result, point, scaled, color=color)
+    return draw_arrows(result, point, scaled, color=color)
 
 
 def detection_figure(
@@ -145,23 +145,23 @@ def detection_figure(
     """
     instances = instances.to("cpu")
     instances = instances[instances.scores.argsort(descending=True)[:count]]
-    looks = looks_of(instances, getattr(metadata, "thing_classes", None))
+    looks = queries_from_instances(instances, getattr(metadata, "thing_classes", None))
     colors = None
     palette = np.asarray(getattr(metadata, "thing_colors", ())) / 255
     if by_class and len(palette):
         colors = [tuple(palette[index]) for index in instances.pred_classes.tolist()]
     labels = [look.label for look in looks]
-    overview = instances_over(
-        fit(image, 600)[0], instances, labels, metadata=metadata, colors=colors
+    overview = overlay_instances(
+        resize_longest_side(image, 600)[0], instances, labels, metadata=metadata, colors=colors
     )
-    return look_figure(
+    return attention_figure(
         image, looks, recorder, overview=overview, blocks=blocks, arrows=arrows, index=index
     )
 
 
-def look_figure(
+def attention_figure(
     image: np.ndarray,
-    looks: Sequence[Look],
+    looks: Sequence[AttentionQuery],
     recorder: AttentionRecorder,
     *,
     overview: np.ndarray,
@@ -176,7 +176,7 @@ def look_figure(
     blocks = recorder.recorded if blocks is None else list(blocks)
     aspect = image.shape[1] / image.shape[0]
     page = _Page(aspect, *_layout(len(looks), len(blocks), aspect))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         page.overview(overview, _title(looks))
         signs = set()
         drawn = chain.from_iterable(
@@ -184,14 +184,14 @@ def look_figure(
         )
         for position, (look, values, picture) in enumerate(drawn):
             signs.add(is_signed(values))
-            page.panel(position, picture, look.label, limit_of(values))
+            page.panel(position, picture, look.label, max_magnitude(values))
         if len(blocks) > 1 and looks:
             page.row_names([".".join(block.split(".")[-2:]) for block in blocks])
         page.bars(signs)
     return page.figure
 
 
-def _title(looks: Sequence[Look]) -> str:
+def _title(looks: Sequence[AttentionQuery]) -> str:
     if not looks:
         return "no detection"
     return "detections" if looks[0].box is not None else "points"
@@ -199,21 +199,21 @@ def _title(looks: Sequence[Look]) -> str:
 
 def _panels(
     image: np.ndarray,
-    looks: Sequence[Look],
+    looks: Sequence[AttentionQuery],
     recorder: AttentionRecorder,
     block: str,
     arrows: int,
     index: int,
-) -> Iterator[tuple[Look, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[AttentionQuery, np.ndarray, np.ndarray]]:
     """Each place with its weights in one block and the panel that shows them."""
     height, width = image.shape[:2]
-    for look, (values, grid) in zip(looks, look_rows(recorder, block, looks, index)):
+    for look, (values, grid) in zip(looks, query_rows(recorder, block, looks, index)):
         heat = grid.spread(values[None], width, height)[0]
-        yield look, values, panel(image, heat, look, grid.strongest(values, arrows))
+        yield look, values, attention_panel(image, heat, look, grid.strongest(values, arrows))
 
 
-def look_rows(
-    recorder: AttentionRecorder, block: str, looks: Sequence[Look], index: int = 0
+def query_rows(
+    recorder: AttentionRecorder, block: str, looks: Sequence[AttentionQuery], index: int = 0
 ) -> list[tuple[np.ndarray, Grid]]:
     """`AttentionRecorder.rows` for places with or without boxes."""
     points = [look.point for look in looks]
@@ -298,10 +298,3 @@ class _Page:
             bar.set_label("weight / max", fontsize=6, labelpad=2)
             bar.outline.set_visible(False)
             axes.tick_params(length=2, width=0.5, labelsize=6, pad=2)
-
-
-def save_figure(figure: Figure, path: str) -> None:
-    """Write a figure as the ending of ``path`` says, for instance .png or .pdf."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(path)

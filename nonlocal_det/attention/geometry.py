@@ -144,7 +144,7 @@ def _interpolation(
     return weights
 
 
-def picture_grid(
+def image_grid(
     feature: tuple[int, int],
     padded: tuple[int, int],
     resized: tuple[int, int],
@@ -172,7 +172,7 @@ def _stride(feature: tuple[int, int], padded: tuple[int, int]) -> float:
     return padded[0] / feature[0]
 
 
-def region_grid(
+def roi_grid(
     feature: tuple[int, int], pooled: tuple[int, int], box: tuple[float, float, float, float]
 ) -> Grid:
     """The grid of a feature map over one region.

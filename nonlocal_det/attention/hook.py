@@ -16,9 +16,9 @@ from detectron2.structures import BoxMode
 from torch import Tensor
 
 from ..layers.base import NonLocalBase
-from .dependence import measure
-from .figure import Look, panel
+from .figure import AttentionQuery, attention_panel
 from .recorder import AttentionRecorder
+from .statistics import measure
 
 
 class AttentionHook(HookBase):
@@ -46,7 +46,7 @@ class AttentionHook(HookBase):
         self._cfg = cfg
         self._period = period
         self._count = pictures
-        self._pictures: list[tuple[dict[str, Any], np.ndarray, Look]] = []
+        self._pictures: list[tuple[dict[str, Any], np.ndarray, AttentionQuery]] = []
 
     def before_train(self) -> None:
         """Read the pictures."""
@@ -76,9 +76,9 @@ class AttentionHook(HookBase):
                 model([entry])
             for block in recorder.recorded:
                 if recorder.regions(block) is None:
-                    heat = recorder.attention(block, [look.point])[0]
+                    heat = recorder.attention_maps(block, [look.point])[0]
                     targets = recorder.strongest(block, look.point)
-                    drawn = panel(image, heat, look, targets)
+                    drawn = attention_panel(image, heat, look, targets)
                     storage.put_image(f"attention/{block}/{index}", drawn.transpose(2, 0, 1))
                 measured = measure(recorder, block)
                 if measured is not None:
@@ -91,7 +91,7 @@ class AttentionHook(HookBase):
             storage.put_scalar(f"attention/{name}", np.mean(values).item(), smoothing_hint=False)
 
 
-def _look(record: dict[str, Any], image: np.ndarray) -> Look:
+def _look(record: dict[str, Any], image: np.ndarray) -> AttentionQuery:
     """The centre of the largest object; or of the picture, if it has none."""
     height, width = image.shape[:2]
     boxes = [
@@ -99,9 +99,9 @@ def _look(record: dict[str, Any], image: np.ndarray) -> Look:
         for annotation in record.get("annotations", ())
     ]
     if not boxes:
-        return Look((width / 2, height / 2))
+        return AttentionQuery((width / 2, height / 2))
     x0, y0, x1, y1 = max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
-    return Look(((x0 + x1) / 2, (y0 + y1) / 2), box=(x0, y0, x1, y1))
+    return AttentionQuery(((x0 + x1) / 2, (y0 + y1) / 2), box=(x0, y0, x1, y1))
 
 
 def output_weight(block: NonLocalBase) -> float:

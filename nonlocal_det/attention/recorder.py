@@ -2,7 +2,7 @@
 
     with AttentionRecorder(model) as recorder:
         outputs = model(inputs)
-    heat = recorder.attention("backbone.bottom_up.res4.nl4", [(320, 200)])[0]
+    heat = recorder.attention_maps("backbone.bottom_up.res4.nl4", [(320, 200)])[0]
 
 Inside the context each block's input is kept, by reference; nothing is computed. The weights are
 computed when asked for, and only the rows asked for. Outside the context nothing is attached to the
@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..layers.base import NonLocalBase
-from .geometry import Grid, picture_grid, region_grid
+from .geometry import Grid, image_grid, roi_grid
 
 # Rows computed at a time, so that the average over a large box fits in memory.
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _ImageSize:
     """(width, height) of one image of the call, before resizing and after it."""
 
     original: tuple[int, int]
@@ -41,7 +41,7 @@ class _Picture:
 
 
 @dataclass(frozen=True)
-class _Regions:
+class _RoIs:
     """What RoI pooling cut out: (R, 4) of each resized image, to (width, height) cells each."""
 
     boxes: list[np.ndarray]
@@ -54,7 +54,7 @@ class _Call:
 
     x: Tensor
     mask: Optional[Tensor]
-    regions: Optional[_Regions]
+    regions: Optional[_RoIs]
 
 
 class AttentionRecorder:
@@ -94,19 +94,19 @@ class AttentionRecorder:
     def _attach(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_pre_hook(hook))
 
-    def _start(self, pictures: list[_Picture]) -> None:
+    def _start(self, pictures: list[_ImageSize]) -> None:
         self._pictures = pictures
         self._padded = (0, 0)
-        self._regions: Optional[_Regions] = None
+        self._regions: Optional[_RoIs] = None
         self._calls: dict[str, _Call] = {}
 
     def _on_model(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         inputs = args[0]
         if isinstance(inputs, Tensor):
-            self._start([_Picture(_size(inputs), _size(inputs)) for _ in inputs])
+            self._start([_ImageSize(_size(inputs), _size(inputs)) for _ in inputs])
             self._padded = _size(inputs)
         else:
-            self._start([_picture(entry) for entry in inputs])
+            self._start([_image_size_of(entry) for entry in inputs])
 
     def _on_backbone(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._padded = _size(args[0])
@@ -114,11 +114,11 @@ class AttentionRecorder:
     def _on_pooler(self, pooler: ROIPooler, args: tuple[Any, ...]) -> None:
         # Copies: detectron2's post-processing scales the boxes of the detections in place.
         boxes = [boxes.tensor.detach().cpu().numpy().copy() for boxes in args[1]]
-        self._regions = _Regions(boxes, tuple(pooler.output_size[::-1]))
+        self._regions = _RoIs(boxes, tuple(pooler.output_size[::-1]))
 
     def _on_block(self, name: str, x: Tensor, mask: Optional[Tensor] = None) -> None:
         # What runs after a pooler runs on its regions, until the next call of the model.
-        mask = self._blocks[name].mask_of(x, mask)
+        mask = self._blocks[name].resolve_mask(x, mask)
         self._calls[name] = _Call(x.detach(), mask, self._regions)
 
     @property
@@ -136,7 +136,7 @@ class AttentionRecorder:
         """(width, height) of each image of the latest call."""
         return [picture.original for picture in self._pictures]
 
-    def attention(
+    def attention_maps(
         self,
         block: str,
         places: Any,
@@ -167,7 +167,7 @@ class AttentionRecorder:
             ValueError: for a place outside the image, or outside every region.
         """
         rows = self.rows(block, places, image=image, boxes=boxes)
-        width, height = self._picture(image).original
+        width, height = self._image_size_of(image).original
         maps = [grid.spread(values[None], width, height, smooth) for values, grid in rows]
         return np.concatenate(maps) if maps else np.zeros((0, height, width), np.float32)
 
@@ -176,7 +176,7 @@ class AttentionRecorder:
     ) -> list[tuple[float, float, float]]:
         """The ``k`` positions that one place gives the largest weights, by magnitude.
 
-        Arguments are those of `attention`, for one place.
+        Arguments are those of `attention_maps`, for one place.
 
         Returns:
             (x, y, weight), the strongest first; (x, y) is the centre of the cell.
@@ -189,7 +189,7 @@ class AttentionRecorder:
     ) -> list[tuple[np.ndarray, Grid]]:
         """For each place the weights (R, C) of the keys, without interpolation, and their grid.
 
-        Arguments and errors are those of `attention`.
+        Arguments and errors are those of `attention_maps`.
         """
         places = _rows_of_numbers(places)
         if self._call(block).regions is None and places.shape[1] == 2:
@@ -216,7 +216,7 @@ class AttentionRecorder:
 
     def regions(self, block: str, *, image: int = 0) -> Optional[np.ndarray]:
         """The boxes (R, 4) of the regions that a block in a head ran on; None for other blocks."""
-        call, picture = self._call(block), self._picture(image)
+        call, picture = self._call(block), self._image_size_of(image)
         if call.regions is None:
             return None
         scale = np.divide(picture.original, picture.resized)
@@ -224,14 +224,14 @@ class AttentionRecorder:
 
     def grid(self, block: str, *, image: int = 0, region: Optional[int] = None) -> Grid:
         """The cells that ask: of the image, or of one of the `regions`."""
-        call, picture = self._call(block), self._picture(image)
+        call, picture = self._call(block), self._image_size_of(image)
         feature = _size(call.x)
         if call.regions is None:
-            return picture_grid(feature, self._padded, picture.resized, picture.original)
+            return image_grid(feature, self._padded, picture.resized, picture.original)
         if region is None:
             raise ValueError(f"{block} runs on regions of the image; say which.")
         box = self.regions(block, image=image)[region]
-        return region_grid(feature, call.regions.pooled, box)
+        return roi_grid(feature, call.regions.pooled, box)
 
     def weights(
         self, block: str, cells: np.ndarray, *, image: int = 0, region: Optional[int] = None
@@ -251,7 +251,7 @@ class AttentionRecorder:
         module, x, mask = self._input(block, image, region)
         queries = torch.as_tensor(cells[:, 1] * x.shape[3] + cells[:, 0], device=x.device)
         with torch.no_grad():
-            rows = module.attention(x, queries, mask)[0]
+            rows = module.attention_weights(x, queries, mask)[0]
         keys = grid.coarser(getattr(module, "stride", 1))
         return rows[:, : keys.rows, : keys.columns].float().cpu().numpy(), keys
 
@@ -288,7 +288,7 @@ class AttentionRecorder:
     ) -> Optional[int]:
         """Which of the `regions` a place belongs to; None for a block that sees the whole image.
 
-        Arguments are those of `attention`, for one place.
+        Arguments are those of `attention_maps`, for one place.
 
         Raises:
             ValueError: if it belongs to none.
@@ -300,7 +300,7 @@ class AttentionRecorder:
             return _region_around(regions, _rows_of_numbers(place)[0])
         return _region_like(regions, _rows_of_numbers(box)[0])
 
-    def _picture(self, image: int) -> _Picture:
+    def _image_size_of(self, image: int) -> _ImageSize:
         if not 0 <= image < len(self._pictures):
             raise IndexError(
                 f"There is no image {image}: the recorded call has {len(self._pictures)}."
@@ -319,10 +319,10 @@ def _size(x: Tensor) -> tuple[int, int]:
     return int(x.shape[-1]), int(x.shape[-2])
 
 
-def _picture(entry: dict[str, Any]) -> _Picture:
+def _image_size_of(entry: dict[str, Any]) -> _ImageSize:
     """From an entry of detectron2's batch: the image is resized, height and width are original."""
     width, height = resized = _size(entry["image"])
-    return _Picture((int(entry.get("width", width)), int(entry.get("height", height))), resized)
+    return _ImageSize((int(entry.get("width", width)), int(entry.get("height", height))), resized)
 
 
 def _rows_of_numbers(places: Any) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The embedded datasets. Importing this registers them with detectron2, and writes nothing."""
 
 from .builtin import register_lamps
-from .coco import ensure_dataset, picture_rng, write_dataset
-from .lamps import CATEGORIES, LAMP_COLORS, Instance, Lamp, LampsParams, draw_picture
+from .lamps.generator import CATEGORIES, LAMP_COLORS, Instance, Lamp, LampsParams, render_image
+from .lamps.writer import ensure_dataset, image_rng, write_dataset
 
 __all__ = [
     "CATEGORIES",
@@ -10,9 +10,9 @@ __all__ = [
     "Instance",
     "Lamp",
     "LampsParams",
-    "draw_picture",
+    "render_image",
     "ensure_dataset",
-    "picture_rng",
+    "image_rng",
     "register_lamps",
     "write_dataset",
 ]

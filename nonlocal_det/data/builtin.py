@@ -11,8 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from .coco import SPLITS, annotation_file, ensure_dataset, image_folder
-from .lamps import LAMP_COLORS, LampsParams
+from .lamps.generator import LAMP_COLORS, LampsParams
+from .lamps.writer import SPLITS, annotation_file, ensure_dataset, image_root
 
 
 @dataclass(frozen=True)
@@ -88,5 +88,5 @@ def register_lamps(root: str | None = None) -> None:
             DatasetCatalog.pop(name, None)
             MetadataCatalog.pop(name, None)
             register_coco_instances(
-                name, metadata, annotation_file(folder, split), image_folder(folder, split)
+                name, metadata, annotation_file(folder, split), image_root(folder, split)
             )

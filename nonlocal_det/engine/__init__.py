@@ -1,25 +1,25 @@
 """Training and evaluation with detectron2's own engine, and the checks that come before."""
 
-from .checkpoint import WholeCheckpointer
-from .checks import check_dataset
-from .failure import RunFailure, one_sentence_errors
-from .own_data import argument_parser, check_data
-from .processes import for_all_processes, launch
-from .setup import checked_config, setup
-from .step import Step
+from ..checkpoint.atomic_checkpoint import AtomicCheckpointer
+from ..errors import TrainingError, exit_on_error
+from .custom_data import nonlocal_argument_parser, run_dataset_check
+from .defaults import load_and_check_cfg, setup
+from .launch import launch, wrap_ddp
+from .preflight import check_dataset_registered
+from .train_loop import GradAccumTrainer
 from .trainer import Trainer
 
 __all__ = [
-    "Step",
+    "GradAccumTrainer",
     "Trainer",
-    "RunFailure",
-    "WholeCheckpointer",
-    "argument_parser",
-    "check_data",
-    "check_dataset",
-    "checked_config",
-    "for_all_processes",
+    "TrainingError",
+    "AtomicCheckpointer",
+    "nonlocal_argument_parser",
+    "run_dataset_check",
+    "check_dataset_registered",
+    "load_and_check_cfg",
+    "wrap_ddp",
     "launch",
-    "one_sentence_errors",
+    "exit_on_error",
     "setup",
 ]

@@ -25,22 +25,21 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from detectron2.utils.logger import setup_logger
 
 from ..attention.hook import AttentionHook
+from ..checkpoint.atomic_checkpoint import AtomicCheckpointer
+from ..data.dataset_mapper import CheckedDatasetMapper
+from ..data.train_loader import build_resumable_train_loader
 from ..evaluation import ReportingCOCOEvaluator
-from ..layers.base import choose
-from ..modeling.places import used_features
-from .checkpoint import WholeCheckpointer
-from .failure import FailureGuard
-from .pictures import NamingMapper
-from .processes import EndsAlone, for_all_processes
-from .resume import ResumeHook
-from .step import Step, mixed_precision
-from .stream import build_training_stream
+from ..modeling.supported_positions import used_features
+from ..utils.validation import check_choice
+from .hooks import ResumeHook, TrainingErrorHook
+from .launch import SkipEvalOnErrorMixin, wrap_ddp
+from .train_loop import GradAccumTrainer, resolve_amp_dtype
 
 # The hooks that act after the one that saves checkpoints.
 _AFTER_CHECKPOINTS = (hooks.EvalHook, hooks.PeriodicWriter, AttentionHook)
 
 
-class Trainer(EndsAlone, DefaultTrainer):
+class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
     """detectron2's trainer, evaluating by each dataset's ``evaluator_type``."""
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -52,20 +51,20 @@ class Trainer(EndsAlone, DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        model = for_all_processes(
-            model, broadcast_buffers=False, find_unused_parameters=_leaves_unread(cfg, model)
+        model = wrap_ddp(
+            model, broadcast_buffers=False, find_unused_parameters=_has_unused_features(cfg, model)
         )
-        self._trainer = self.build_step(cfg, model, loader, optimizer)
+        self._trainer = self.build_inner_trainer(cfg, model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
     @classmethod
-    def build_step(
+    def build_inner_trainer(
         cls, cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer
-    ) -> Step:
+    ) -> GradAccumTrainer:
         """What ``SOLVER.ACCUMULATION_STEPS`` and ``SOLVER.AMP`` say of one step.
 
         Raises:
@@ -73,20 +72,22 @@ class Trainer(EndsAlone, DefaultTrainer):
         """
         amp, precision = cfg.SOLVER.AMP, None
         if amp.ENABLED:
-            precision = mixed_precision("SOLVER.AMP.DTYPE", amp.DTYPE, cfg.MODEL.DEVICE)
+            precision = resolve_amp_dtype("SOLVER.AMP.DTYPE", amp.DTYPE, cfg.MODEL.DEVICE)
         passes = cfg.SOLVER.ACCUMULATION_STEPS
-        return Step(model, loader, optimizer, passes=passes, precision=precision)
+        return GradAccumTrainer(
+            model, loader, optimizer, accumulation_steps=passes, precision=precision
+        )
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Batches in an order that ``SEED`` decides, which a resumed run goes on with."""
-        mapper = NamingMapper(cfg, is_train=True)
-        return build_training_stream(cfg, mapper=mapper, seed=_seed(cfg))
+        mapper = CheckedDatasetMapper(cfg, is_train=True)
+        return build_resumable_train_loader(cfg, mapper=mapper, seed=_seed(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """detectron2's, which names a picture that cannot be read."""
-        mapper = NamingMapper(cfg, is_train=False)
+        mapper = CheckedDatasetMapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_hooks(self) -> list[Any]:
@@ -96,7 +97,7 @@ class Trainer(EndsAlone, DefaultTrainer):
             # Before the writers, which come last.
             built.insert(-1, AttentionHook(self.cfg, self.cfg.MODEL.NONLOCAL.VIS_PERIOD))
         later = [hook for hook in built if isinstance(hook, _AFTER_CHECKPOINTS)]
-        self._guard = FailureGuard()
+        self._guard = TrainingErrorHook()
         self._resume = ResumeHook(
             self._trainer.data_loader, _seed(self.cfg), self.cfg.OUTPUT_DIR, later
         )
@@ -125,7 +126,7 @@ class Trainer(EndsAlone, DefaultTrainer):
         """Train, and evaluate as configured.
 
         Raises:
-            RunFailure: if memory or the disk is full, a picture cannot be used, or losses are
+            TrainingError: if memory or the disk is full, a picture cannot be used, or losses are
                 not finite.
         """
         with self._guard.explains(self.checkpointer):
@@ -166,7 +167,7 @@ class Trainer(EndsAlone, DefaultTrainer):
         Raises:
             ValueError: if ``SOLVER.OPTIMIZER`` is neither.
         """
-        choose("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("SGD", "AdamW"))
+        check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("SGD", "AdamW"))
         if cfg.SOLVER.OPTIMIZER == "SGD":
             return super().build_optimizer(cfg, model)
         groups = get_default_optimizer_params(
@@ -193,7 +194,7 @@ def _seed(cfg: CfgNode) -> int:
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
 
-def _leaves_unread(cfg: CfgNode, model: nn.Module) -> bool:
+def _has_unused_features(cfg: CfgNode, model: nn.Module) -> bool:
     """Whether nothing reads some output of the backbone, so that its parameters get no gradient.
 
     The exchange of gradients would wait for them in vain, unless it looks for them, which costs.

@@ -1,5 +1,5 @@
 """COCO's measures: quickly, with each class's in a table, and their curves."""
 
-from .coco import ReportingCOCOEvaluator
+from .coco_evaluation import ReportingCOCOEvaluator
 
 __all__ = ["ReportingCOCOEvaluator"]

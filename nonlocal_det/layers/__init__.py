@@ -1,28 +1,28 @@
 """Non-local mechanisms: tensors in, tensors out. Knows torch only."""
 
 from .base import NonLocalBase
-from .compact_generalized import KERNELS, CompactGeneralizedBlock
-from .disentangled import DisentangledBlock
+from .compact_generalized import KERNELS, CompactGeneralizedNonLocalBlock
+from .disentangled import DisentangledNonLocalBlock
 from .global_context import GlobalContextBlock
-from .grouped import GroupedNonLocalBlock
 from .non_local import PAIRWISE, NonLocalBlock
+from .windowed import WindowedNonLocalBlock
 
 MECHANISMS = {
     "non_local": NonLocalBlock,
     "global_context": GlobalContextBlock,
-    "disentangled": DisentangledBlock,
-    "compact_generalized": CompactGeneralizedBlock,
-    "grouped": GroupedNonLocalBlock,
+    "disentangled": DisentangledNonLocalBlock,
+    "compact_generalized": CompactGeneralizedNonLocalBlock,
+    "grouped": WindowedNonLocalBlock,
 }
 
 __all__ = [
     "KERNELS",
     "MECHANISMS",
     "PAIRWISE",
-    "CompactGeneralizedBlock",
-    "DisentangledBlock",
+    "CompactGeneralizedNonLocalBlock",
+    "DisentangledNonLocalBlock",
     "GlobalContextBlock",
-    "GroupedNonLocalBlock",
+    "WindowedNonLocalBlock",
     "NonLocalBase",
     "NonLocalBlock",
 ]

@@ -17,61 +17,26 @@ zero, NaN. The output has the dtype of the input.
 
 from __future__ import annotations
 
-import math
-from typing import Callable, Optional, Union
+from typing import Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import narrow, widen
+from ..utils.validation import check_choice, check_positive_int
+from .casting import saturating_cast
+from .masks import resize_mask
+from .norms import Norm, make_norm, masked_group_norm
+from .shapes import CONV, check_input
 
-Norm = Union[str, Callable[[int], nn.Module]]
-
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_NORMS = ("", "BN", "SyncBN", "GN")
 _INITS = ("he", "gaussian")
-NO_MASK = torch.zeros(0, dtype=torch.bool)  # TorchScript wants a tensor where there can be one
-
-
-def choose(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise a ValueError that lists the choices unless ``value`` is one of them."""
-    if value not in choices:
-        listed = ", ".join(repr(c) for c in choices)
-        raise ValueError(f"{name} is {value!r}; it must be one of {listed}.")
-
-
-def check_count(name: str, value: object, divides: Optional[dict[str, int]] = None) -> None:
-    """Raise a ValueError unless ``value`` is a positive integer that divides the numbers named."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
-    for other, number in (divides or {}).items():
-        if number % value:
-            raise ValueError(f"{name} is {value}; it must divide {other}, which is {number}.")
-
-
-def make_norm(norm: Norm, channels: int, dims: int) -> nn.Module:
-    """The norm named (one of "", "BN", "SyncBN", "GN") or made by the callable, for (B, C, *S).
-
-    "GN" has 32 groups, or as many as divide both 32 and ``channels``.
-    """
-    if callable(norm):
-        return norm(channels)
-    choose("norm", norm, _NORMS)
-    if norm == "BN":
-        return _BATCH_NORM[dims](channels)
-    if norm == "SyncBN":
-        return nn.SyncBatchNorm(channels)
-    if norm == "GN":
-        return nn.GroupNorm(math.gcd(32, channels), channels)
-    return nn.Identity()
+# TorchScript wants a tensor where there can be one.
+NO_PIXEL_MASK = torch.zeros(0, dtype=torch.bool)
 
 
 def init_conv(conv: nn.Module, init: str) -> None:
     """Fill a convolution: "he", as papers say, or "gaussian", of std 0.01; its bias with zeros."""
-    choose("init", init, _INITS)
+    check_choice("init", init, _INITS)
     if init == "he":
         nn.init.kaiming_normal_(conv.weight)
     else:
@@ -80,106 +45,11 @@ def init_conv(conv: nn.Module, init: str) -> None:
         nn.init.zeros_(conv.bias)
 
 
-def check_input(x: Tensor, mask: Optional[Tensor], dims: int) -> None:
-    """Raise a ValueError unless ``x`` is (B, C, *S) and ``mask`` a boolean (B, *S), or None."""
-    if x.dim() != dims + 2:
-        raise ValueError(
-            f"x has {x.dim()} dimensions; a block with dims={dims} takes {dims + 2}: "
-            "batch, channels, space."
-        )
-    if mask is not None:
-        expected = x.shape[:1] + x.shape[2:]
-        if mask.dtype != torch.bool or mask.shape != expected:
-            raise ValueError(
-                f"mask is {mask.dtype} of shape {list(mask.shape)}; it must be boolean "
-                f"of shape {list(expected)}, True where a position takes part."
-            )
-
-
-def pool(x: Tensor, stride: int, mask: Optional[Tensor]) -> Tensor:
-    """Max-pool (B, C, *S) by ``stride`` in space, over the positions that ``mask`` leaves.
-
-    Borders are rounded up. The first of three dimensions is time and stays. A cell without a
-    position that takes part becomes 0.
-    """
-    if stride == 1:
-        return x
-    if mask is None:
-        return _max_pool(x, stride)
-    pooled = _max_pool(x.masked_fill(~mask.unsqueeze(1), float("-inf")), stride)
-    # By the mask: onnxruntime has kernels that do not give -inf for a cell of nothing but -inf.
-    return pooled.masked_fill(_max_pool(share(x, mask), stride) == 0, 0.0)
-
-
-def _max_pool(x: Tensor, stride: int) -> Tensor:
-    if x.dim() == 3:
-        return F.max_pool1d(x, stride, ceil_mode=True)
-    if x.dim() == 4:
-        return F.max_pool2d(x, stride, ceil_mode=True)
-    return F.max_pool3d(x, [1, stride, stride], ceil_mode=True)
-
-
-def key_mask(mask: Optional[Tensor], stride: int = 1) -> Optional[Tensor]:
-    """(B, *S) to (B, M): the cells of `pool` with at least one position that takes part."""
-    if mask is None:
-        return None
-    if stride > 1:
-        mask = _max_pool(mask.unsqueeze(1).float(), stride) > 0
-    return mask.flatten(1)
-
-
-def at_resolution(image_mask: Tensor, x: Tensor) -> Tensor:
-    """(B, H, W) at the resolution of the images to that of x, (B, C, h, w).
-
-    A network that rounds up what it halves has, at stride s, the cells whose first pixel is a
-    multiple of s. Of another network it is the nearest pixel.
-    """
-    mask = image_mask
-    while mask.shape[1] > x.shape[2]:
-        mask = mask[:, ::2, ::2]
-    if mask.shape[1:] == x.shape[2:]:
-        return mask
-    return F.interpolate(image_mask.unsqueeze(1).float(), x.shape[2:]).squeeze(1) > 0
-
-
-def share(x: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """(B, 1, *S) in the dtype of x (B, C, *S): 1 where a position takes part, 0 elsewhere."""
-    return torch.ones_like(x[:, :1]) if mask is None else mask.unsqueeze(1).to(x.dtype)
-
-
-# ONNX's opset 11, to which detectron2 exports, has no unflatten.
-
-
-def in_groups(x: Tensor, groups: int) -> Tensor:
-    """(B, C, *S) to (B, groups, C / groups, N)."""
-    flat = x.flatten(2)
-    return flat.reshape([x.shape[0], groups, x.shape[1] // groups, flat.shape[2]])
-
-
-def in_space(x: Tensor, like: Tensor) -> Tensor:
-    """(B, D, N) to (B, D, *S), as in ``like``, (B, C, *S)."""
-    return x.reshape(x.shape[:2] + like.shape[2:])
-
-
-def masked_group_norm(
-    x: Tensor, mask: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
-    """`F.group_norm` of (B, C, *S), with the statistics of the positions that take part."""
-    grouped = in_groups(widen(x), groups)
-    part = mask.flatten(1).unsqueeze(1).unsqueeze(1).to(grouped.dtype)
-    count = (part.sum(dim=3, keepdim=True) * grouped.shape[2]).clamp(min=1)
-    centred = grouped - (grouped * part).sum(dim=[2, 3], keepdim=True) / count
-    variance = (centred.square() * part).sum(dim=[2, 3], keepdim=True) / count
-    y = (centred * (variance + eps).rsqrt()).flatten(1, 2)
-    y = y * weight.unsqueeze(1) + bias.unsqueeze(1)
-    return y.view_as(x).to(x.dtype)
-
-
 class NonLocalBase(nn.Module):
     """A mechanism's frame: (B, C, *S) in, the same shape and dtype out, the identity when new.
 
     A mechanism writes `aggregate`, which gives the inner features that ``out`` brings back to the
-    input's channels, and `rows`, which gives the weights behind them.
+    input's channels, and `_attention_weights`, which gives the weights behind them.
 
     Args:
         channels: C, of input and output.
@@ -191,8 +61,9 @@ class NonLocalBase(nn.Module):
         out_groups: channel groups of the output convolution.
 
     Attributes:
-        image_mask: boolean (B, H, W) at the resolution of the images, or `NO_MASK`. Whoever runs
-            the block where no mask can be passed, as in an ``nn.Sequential``, sets it for the time.
+        pixel_mask: Boolean (B, H, W) mask at the resolution of the input images, True on real
+            pixels, or `NO_PIXEL_MASK`. Set temporarily where no mask can be passed to `forward`,
+            as inside an ``nn.Sequential``.
 
     Raises:
         ValueError: for a value that is not a choice, with the choices; for a norm whose gamma
@@ -210,16 +81,16 @@ class NonLocalBase(nn.Module):
         out_groups: int = 1,
     ) -> None:
         super().__init__()
-        choose("dims", dims, (1, 2, 3))
-        check_count("channels", channels)
+        check_choice("dims", dims, (1, 2, 3))
+        check_positive_int("channels", channels)
         inner = max(channels // reduction, 1) if inner_channels is None else inner_channels
-        check_count("inner_channels", inner)
-        check_count("groups", out_groups, {"channels": channels, "inner_channels": inner})
+        check_positive_int("inner_channels", inner)
+        check_positive_int("groups", out_groups, {"channels": channels, "inner_channels": inner})
         self.channels = channels
         self.dims = dims
         self.inner_channels = inner
         self.frozen = False
-        self.image_mask = NO_MASK
+        self.pixel_mask = NO_PIXEL_MASK
         self.norm = make_norm(norm, channels, dims)
         # No bias under a norm: the norm has its own.
         bias = isinstance(self.norm, nn.Identity)
@@ -268,7 +139,7 @@ class NonLocalBase(nn.Module):
         Args:
             x: (B, C, *S).
             mask: boolean (B, *S), True where a position takes part, or None for what
-                ``image_mask`` says, or all.
+                ``pixel_mask`` says, or all.
 
         Returns:
             (B, C, *S), in the dtype of ``x``.
@@ -276,14 +147,14 @@ class NonLocalBase(nn.Module):
         Raises:
             ValueError: for an ``x`` of other dimensions, or a mask of another shape or dtype.
         """
-        mask = self.mask_of(x, mask)
+        mask = self.resolve_mask(x, mask)
         check_input(x, mask, self.dims)
         branch = self.out(self.aggregate(x, mask))
-        branch = self._normalise(narrow(branch, branch.dtype), mask)
-        z = narrow(x + branch.to(x.dtype), x.dtype)
+        branch = self._normalize(saturating_cast(branch, branch.dtype), mask)
+        z = saturating_cast(x + branch.to(x.dtype), x.dtype)
         return z if mask is None else torch.where(mask.unsqueeze(1), z, x)
 
-    def _normalise(self, branch: Tensor, mask: Optional[Tensor]) -> Tensor:
+    def _normalize(self, branch: Tensor, mask: Optional[Tensor]) -> Tensor:
         # The one norm whose statistics at inference are the picture's own.
         if hasattr(self.norm, "num_groups"):
             if mask is not None and branch.shape[2:] == mask.shape[1:]:
@@ -293,17 +164,19 @@ class NonLocalBase(nn.Module):
                 )
         return self.norm(branch)
 
-    def mask_of(self, x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
+    def resolve_mask(self, x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
         """The mask (B, *S) with which `forward` runs when it is called with these."""
-        if mask is None and self.image_mask.dim() == 3:
-            return at_resolution(self.image_mask, x)
+        if mask is None and self.pixel_mask.dim() == 3:
+            return resize_mask(self.pixel_mask, x)
         return mask
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """(B, C, *S) and a mask (B, *S) or None to (B, D, *S), or (B, D, 1, ...) for all alike."""
         raise NotImplementedError(f"{type(self).__name__} does not define aggregate.")
 
-    def attention(self, x: Tensor, queries: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    def attention_weights(
+        self, x: Tensor, queries: Tensor, mask: Optional[Tensor] = None
+    ) -> Tensor:
         """The weights with which chosen positions look at all keys; only those rows are computed.
 
         Args:
@@ -318,8 +191,8 @@ class NonLocalBase(nn.Module):
             ValueError: as `forward`.
         """
         check_input(x, mask, self.dims)
-        return self.rows(x, queries, mask)
+        return self._attention_weights(x, queries, mask)
 
-    def rows(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """What `attention` returns, for arguments already checked."""
+    def _attention_weights(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """What `attention_weights` returns, for arguments already checked."""
         raise NotImplementedError(f"{type(self).__name__} does not define rows.")

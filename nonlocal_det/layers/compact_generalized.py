@@ -35,23 +35,17 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .base import (
-    CONV,
-    NonLocalBase,
-    Norm,
-    check_count,
-    choose,
-    in_groups,
-    in_space,
-    init_conv,
-    share,
-)
-from .precision import narrow, widen
+from ..utils.validation import check_choice, check_positive_int
+from .base import NonLocalBase, init_conv
+from .casting import saturating_cast, upcast
+from .masks import float_mask
+from .norms import Norm
+from .shapes import CONV, split_channel_groups, unflatten_spatial
 
 KERNELS = ("dot_product", "gaussian")
 
 
-class CompactGeneralizedBlock(NonLocalBase):
+class CompactGeneralizedNonLocalBlock(NonLocalBase):
     """Every channel of every position gathers from all channels of its group at all positions.
 
     Args:
@@ -85,8 +79,8 @@ class CompactGeneralizedBlock(NonLocalBase):
         super().__init__(
             channels, dims=dims, inner_channels=inner_channels, norm=norm, out_groups=groups
         )
-        choose("kernel", kernel, KERNELS)
-        check_count("order", order)
+        check_choice("kernel", kernel, KERNELS)
+        check_positive_int("order", order)
         if not gamma > 0:
             raise ValueError(f"gamma is {gamma!r}; it must be above 0.")
         self.groups = groups
@@ -116,9 +110,9 @@ class CompactGeneralizedBlock(NonLocalBase):
         y = sums[-1]
         for p in range(len(sums) - 2, -1, -1):  # Horner: a polynomial in theta
             y = y * theta + sums[p]
-        return narrow(in_space(y.flatten(1, 2), x), embedded.dtype)
+        return saturating_cast(unflatten_spatial(y.flatten(1, 2), x), embedded.dtype)
 
-    def rows(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
+    def _attention_weights(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The mean of f, with its share of ``scale``, over the groups and their channel pairs."""
         theta, phi = self._in_groups(self.theta(x))[..., queries], self._in_groups(self.phi(x))
         shares = self._shares(x, mask)
@@ -126,15 +120,15 @@ class CompactGeneralizedBlock(NonLocalBase):
         for p, coefficient in enumerate(self.coefficients):
             asked, keyed = (theta**p).mean(dim=2), (phi**p * shares).mean(dim=2)
             weights = weights + coefficient * torch.einsum("bgq,bgn->bqn", asked, keyed)
-        return in_space(weights / self.groups, x)
+        return unflatten_spatial(weights / self.groups, x)
 
     def _in_groups(self, x: Tensor) -> Tensor:
         """(B, D, *S) to float32 (B, G, D / G, N)."""
-        return in_groups(widen(x), self.groups)
+        return split_channel_groups(upcast(x), self.groups)
 
     def _shares(self, x: Tensor, mask: Optional[Tensor]) -> Tensor:
         """(B, 1, 1, N): the factor of a key's values; 0 where it takes no part."""
-        part = widen(share(x, mask)).flatten(2).unsqueeze(2)
+        part = upcast(float_mask(x, mask)).flatten(2).unsqueeze(2)
         if not self.scale:
             return part
         pairs = part.sum(dim=3, keepdim=True) * (self.inner_channels // self.groups)

@@ -20,13 +20,16 @@ from typing import Optional, Union
 
 from torch import Tensor
 
-from .base import CONV, Norm, in_space, init_conv, key_mask, pool
+from .base import init_conv
+from .casting import saturating_cast, upcast
 from .global_context import shared_attention, shared_weights
+from .masks import downsample_mask, masked_max_pool
 from .non_local import NonLocalBlock
-from .precision import narrow, widen
+from .norms import Norm
+from .shapes import CONV, unflatten_spatial
 
 
-class DisentangledBlock(NonLocalBlock):
+class DisentangledNonLocalBlock(NonLocalBlock):
     """An embedded Gaussian block without the saliency of keys, which a term of its own adds back.
 
     Args:
@@ -64,26 +67,26 @@ class DisentangledBlock(NonLocalBlock):
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """The sums of both terms, (B, D, *S)."""
-        theta = _whiten(self._queries(x).flatten(2), key_mask(mask))
+        theta = _whiten(self._queries(x).flatten(2), downsample_mask(mask))
         phi, g, keys = self._keys_and_values(x, mask)
         phi, g = _whiten(phi.flatten(2), keys), g.flatten(2)
         unary = shared_attention(self._unary(x, mask), g, keys)
-        return in_space(self._attend(theta, phi, g, keys) + unary, x)
+        return unflatten_spatial(self._attend(theta, phi, g, keys) + unary, x)
 
-    def rows(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
+    def _attention_weights(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The sum of both softmaxes: each row adds up to two."""
-        theta = _whiten(self._queries(x).flatten(2), key_mask(mask))[:, :, queries]
+        theta = _whiten(self._queries(x).flatten(2), downsample_mask(mask))[:, :, queries]
         phi, _, keys = self._keys_and_values(x, mask)
         pairwise = self._weights(theta, _whiten(phi.flatten(2), keys), keys)
         unary = shared_weights(self._unary(x, mask), keys)
-        return in_space(pairwise + unary, phi)
+        return unflatten_spatial(pairwise + unary, phi)
 
     def _unary(self, x: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The unary logits m (B, 1, M), subsampled as the keys are."""
         if self.pool_first:
-            m = self.w_m(pool(x, self.stride, mask))
+            m = self.w_m(masked_max_pool(x, self.stride, mask))
         else:
-            m = pool(self.w_m(x), self.stride, mask)
+            m = masked_max_pool(self.w_m(x), self.stride, mask)
         return m.flatten(2)
 
 
@@ -92,10 +95,10 @@ def _whiten(x: Tensor, mask: Optional[Tensor]) -> Tensor:
 
     For the keys the softmax would not see the difference: it only keeps the logits small.
     """
-    wide = widen(x)
+    wide = upcast(x)
     if mask is None:
         mean = wide.mean(dim=2, keepdim=True)
     else:
         part = mask.unsqueeze(1).to(wide.dtype)
         mean = (wide * part).sum(dim=2, keepdim=True) / part.sum(dim=2, keepdim=True).clamp(min=1)
-    return narrow(wide - mean, x.dtype)
+    return saturating_cast(wide - mean, x.dtype)

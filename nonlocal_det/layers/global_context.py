@@ -24,8 +24,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import CONV, NonLocalBase, Norm, in_space, init_conv, key_mask
+from .base import NonLocalBase, init_conv
+from .masks import downsample_mask
+from .norms import Norm
 from .pairwise import softmax_attention, softmax_weights
+from .shapes import CONV, unflatten_spatial
 
 
 class GlobalContextBlock(NonLocalBase):
@@ -61,7 +64,7 @@ class GlobalContextBlock(NonLocalBase):
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """The bottleneck's features of the one context vector: (B, D, 1, ...)."""
-        keys = key_mask(mask)
+        keys = downsample_mask(mask)
         logits = self.w_k(x).flatten(2)
         context = shared_attention(logits, x.flatten(2).to(logits.dtype), keys)
         hidden = self.w_v1(context.reshape(list(context.shape) + [1] * (self.dims - 1)))
@@ -70,10 +73,10 @@ class GlobalContextBlock(NonLocalBase):
             y = y * keys.any(dim=1).to(y.dtype).reshape([-1] + [1] * (self.dims + 1))
         return y
 
-    def rows(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
+    def _attention_weights(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The one map, once for each query."""
-        row = shared_weights(self.w_k(x).flatten(2), key_mask(mask))
-        return in_space(row.expand(-1, queries.shape[0], -1), x)
+        row = shared_weights(self.w_k(x).flatten(2), downsample_mask(mask))
+        return unflatten_spatial(row.expand(-1, queries.shape[0], -1), x)
 
 
 def shared_attention(logits: Tensor, values: Tensor, mask: Optional[Tensor]) -> Tensor:

@@ -2,8 +2,9 @@
 
     y_i = s * sum_j g_j ReLU(a_i - c_j)
 
-As a function of a_i this is piecewise linear, with a kink at every c_j. With c sorted, its slope
-between two kinks is a prefix sum of g, and its value at a kink the prefix sum of slope times gap.
+As a function of a_i this is piecewise linear, with a breakpoint at every c_j. With c sorted, its
+slope between two breakpoints is a prefix sum of g, and its value at a breakpoint the prefix sum of
+slope times gap.
 All its terms are ones the dense sum has too: nothing cancels that does not cancel there. (The
 shorter way, a_i * sum(g) - sum(c * g), subtracts two large numbers.)
 
@@ -28,7 +29,7 @@ from torch.autograd.function import once_differentiable
 BLOCK = 2**18  # numbers in a block of channels: 1 MB in float32, so that its passes stay in cache
 
 
-class Kinks(NamedTuple):
+class Breakpoints(NamedTuple):
     """Where the queries lie among the sorted keys."""
 
     order: Tensor  # (B, M) the keys, ascending in c
@@ -37,7 +38,7 @@ class Kinks(NamedTuple):
     rise: Tensor  # (B, N) from that key to the query, times s; 0 if there is none
 
 
-def find_kinks(a: Tensor, c: Tensor, s: Tensor) -> Kinks:
+def find_breakpoints(a: Tensor, c: Tensor, s: Tensor) -> Breakpoints:
     """Sort the keys and place the queries among them.
 
     Args:
@@ -50,23 +51,25 @@ def find_kinks(a: Tensor, c: Tensor, s: Tensor) -> Kinks:
     rise = F.relu(a - c.gather(1, last)) * s
     c = c.masked_fill(torch.isinf(c), 0.0)
     gap = (c - _shift(c)) * s
-    return Kinks(order, gap, last, rise)
+    return Breakpoints(order, gap, last, rise)
 
 
-def slopes(g: Tensor, kinks: Kinks) -> Tensor:
+def slopes(g: Tensor, breakpoints: Breakpoints) -> Tensor:
     """(B, V, M) to (B, V, M): prefix sums of g in the order of the keys."""
-    return g.gather(2, kinks.order.unsqueeze(1).expand_as(g)).cumsum(dim=2)
+    return g.gather(2, breakpoints.order.unsqueeze(1).expand_as(g)).cumsum(dim=2)
 
 
-def at_queries(sums: Tensor, kinks: Kinks) -> Tensor:
+def at_queries(sums: Tensor, breakpoints: Breakpoints) -> Tensor:
     """(B, V, M) in the order of the keys to (B, V, N)."""
-    return sums.gather(2, kinks.last.unsqueeze(1).expand(-1, sums.shape[1], -1))
+    return sums.gather(2, breakpoints.last.unsqueeze(1).expand(-1, sums.shape[1], -1))
 
 
-def evaluate(slope: Tensor, slope_at_queries: Tensor, kinks: Kinks) -> Tensor:
+def evaluate(slope: Tensor, slope_at_queries: Tensor, breakpoints: Breakpoints) -> Tensor:
     """(B, V, N): the value at the last kink plus the slope after it times the rise."""
-    values = (_shift(slope) * kinks.gap.unsqueeze(1)).cumsum(dim=2)
-    return torch.addcmul(at_queries(values, kinks), slope_at_queries, kinks.rise.unsqueeze(1))
+    values = (_shift(slope) * breakpoints.gap.unsqueeze(1)).cumsum(dim=2)
+    return torch.addcmul(
+        at_queries(values, breakpoints), slope_at_queries, breakpoints.rise.unsqueeze(1)
+    )
 
 
 def _shift(x: Tensor) -> Tensor:
@@ -86,22 +89,22 @@ def hinge_sums(a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
     return _HingeSums.apply(a, c, g, s)
 
 
-def plain_hinge_sums(a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
+def hinge_sums_composite(a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
     """`hinge_sums` in ordinary operators, to be scripted, traced, compiled or exported."""
-    kinks = find_kinks(a, c, s)
-    slope = slopes(g, kinks)
-    return evaluate(slope, at_queries(slope, kinks), kinks)
+    breakpoints = find_breakpoints(a, c, s)
+    slope = slopes(g, breakpoints)
+    return evaluate(slope, at_queries(slope, breakpoints), breakpoints)
 
 
 class _HingeSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(a, c, g, s)
-        kinks = find_kinks(a, c, s)
+        breakpoints = find_breakpoints(a, c, s)
         y = g.new_empty(*g.shape[:2], a.shape[1])
         for v in _channel_blocks(y, g):
-            slope = slopes(g[:, v], kinks)
-            y[:, v] = evaluate(slope, at_queries(slope, kinks), kinks)
+            slope = slopes(g[:, v], breakpoints)
+            y[:, v] = evaluate(slope, at_queries(slope, breakpoints), breakpoints)
         return y
 
     @staticmethod
@@ -109,7 +112,7 @@ class _HingeSums(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         a, c, g, s = ctx.saved_tensors
         grad = grad.contiguous()
-        forth, back = find_kinks(a, c, s), find_kinks(-c, -a, s)
+        forth, back = find_breakpoints(a, c, s), find_breakpoints(-c, -a, s)
         d_a, d_c, d_g = torch.zeros_like(a), torch.zeros_like(c), torch.empty_like(g)
         for v in _channel_blocks(grad, g):
             d_a += (at_queries(slopes(g[:, v], forth), forth) * grad[:, v]).sum(dim=1)

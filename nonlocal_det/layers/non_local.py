@@ -23,7 +23,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .base import CONV, NonLocalBase, Norm, check_count, choose, in_space, init_conv, key_mask, pool
+from ..utils.validation import check_choice, check_positive_int
+from .base import NonLocalBase, init_conv
+from .casting import upcast
+from .masks import downsample_mask, masked_max_pool
+from .norms import Norm
 from .pairwise import (
     concatenation_attention,
     concatenation_weights,
@@ -32,7 +36,7 @@ from .pairwise import (
     softmax_attention,
     softmax_weights,
 )
-from .precision import widen
+from .shapes import CONV, unflatten_spatial
 
 PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 
@@ -73,9 +77,9 @@ class NonLocalBlock(NonLocalBase):
         init: str = "he",
     ) -> None:
         super().__init__(channels, dims=dims, inner_channels=inner_channels, norm=norm)
-        choose("pairwise", pairwise, PAIRWISE)
+        check_choice("pairwise", pairwise, PAIRWISE)
         stride = {True: 2, False: 1}[subsample] if isinstance(subsample, bool) else subsample
-        check_count("subsample", stride)
+        check_positive_int("subsample", stride)
         self.pairwise = pairwise
         self.stride = stride
         self.pool_first = pool_first
@@ -94,13 +98,13 @@ class NonLocalBlock(NonLocalBase):
         theta = self._queries(x).flatten(2)
         phi, g, keys = self._keys_and_values(x, mask)
         y = self._attend(theta, phi.flatten(2), g.flatten(2), keys)
-        return in_space(y, x)
+        return unflatten_spatial(y, x)
 
-    def rows(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
+    def _attention_weights(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The weights f / C of equation 1; see `NonLocalBase.attention`."""
         theta = self._queries(x).flatten(2)[:, :, queries]
         phi, _, keys = self._keys_and_values(x, mask)
-        return in_space(self._weights(theta, phi.flatten(2), keys), phi)
+        return unflatten_spatial(self._weights(theta, phi.flatten(2), keys), phi)
 
     def _queries(self, x: Tensor) -> Tensor:
         """What is compared of the queries: theta (B, D, *S), or x itself for the Gaussian form."""
@@ -113,14 +117,14 @@ class NonLocalBlock(NonLocalBase):
         self, x: Tensor, mask: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
         """What is compared of the keys (B, D, *K), g (B, D, *K) and their mask (B, M)."""
-        source = pool(x, self.stride, mask) if self.pool_first else x
+        source = masked_max_pool(x, self.stride, mask) if self.pool_first else x
         phi = self.phi(source) if hasattr(self, "phi") else source
         g = self.g(source)
         if not self.pool_first:
-            phi, g = pool(phi, self.stride, mask), pool(g, self.stride, mask)
+            phi, g = masked_max_pool(phi, self.stride, mask), masked_max_pool(g, self.stride, mask)
         if hasattr(self, "w_f"):
             phi = _weighted(phi, self.w_f[self.inner_channels :])
-        return phi, g, key_mask(mask, self.stride)
+        return phi, g, downsample_mask(mask, self.stride)
 
     def _attend(self, theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
         """The sums y (B, D, N) of g (B, D, M) for theta (B, D, N) and phi (B, D, M)."""
@@ -146,4 +150,4 @@ def _weighted(x: Tensor, weight: Tensor) -> Tensor:
 
 def _total(x: Tensor) -> Tensor:
     """(B, D, N) to (B, N): what the concatenation compares, one number a position."""
-    return widen(x).sum(dim=1)
+    return upcast(x).sum(dim=1)

@@ -51,8 +51,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .hinge_sums import hinge_sums, plain_hinge_sums
-from .precision import full_dtype, narrow, product, widen
+from .casting import accum_dtype, saturating_cast, upcast, upcast_matmul
+from .hinge_sums import hinge_sums, hinge_sums_composite
 from .tiled_softmax import tiled_softmax_attention
 
 
@@ -68,7 +68,7 @@ def softmax_weights(theta: Tensor, phi: Tensor, mask: Optional[Tensor], scale: f
     Returns:
         (B, N, M), each row summing to one, or to zero where no key takes part.
     """
-    logits = product(theta.transpose(1, 2), phi) * scale
+    logits = upcast_matmul(theta.transpose(1, 2), phi) * scale
     if mask is None:
         return logits.softmax(dim=-1)
     # A row of nothing but -inf would be NaN, and so would its gradient: such rows are left alone.
@@ -79,7 +79,7 @@ def softmax_weights(theta: Tensor, phi: Tensor, mask: Optional[Tensor], scale: f
 
 def dot_product_weights(theta: Tensor, phi: Tensor, mask: Optional[Tensor]) -> Tensor:
     """Weights of the dot product, equation 4: theta_i . phi_j / M, signed; (B, N, M)."""
-    weights = product(theta.transpose(1, 2), phi) * _one_over_keys(phi[:, 0], mask)
+    weights = upcast_matmul(theta.transpose(1, 2), phi) * _one_over_keys(phi[:, 0], mask)
     return weights if mask is None else weights.masked_fill(~mask.unsqueeze(1), 0.0)
 
 
@@ -89,7 +89,7 @@ def concatenation_weights(a: Tensor, b: Tensor, mask: Optional[Tensor]) -> Tenso
     The vector w_f splits over its two halves, w_f . [theta_i, phi_j] = a_i + b_j, so only the
     two projections are needed: ``a`` (B, N) of the queries and ``b`` (B, M) of the keys.
     """
-    a, b = widen(a), widen(b)
+    a, b = upcast(a), upcast(b)
     weights = F.relu(a.unsqueeze(2) + b.unsqueeze(1)) * _one_over_keys(b, mask)
     return weights if mask is None else weights.masked_fill(~mask.unsqueeze(1), 0.0)
 
@@ -97,7 +97,7 @@ def concatenation_weights(a: Tensor, b: Tensor, mask: Optional[Tensor]) -> Tenso
 def _one_over_keys(keys: Tensor, mask: Optional[Tensor]) -> Tensor:
     """(B, 1, 1): 1 / (number of keys that take part), 1 if there is none; ``keys`` is (B, M)."""
     present = torch.ones_like(keys) if mask is None else mask
-    count = present.sum(dim=1, dtype=full_dtype(keys)).clamp(min=1)
+    count = present.sum(dim=1, dtype=accum_dtype(keys)).clamp(min=1)
     return count.reciprocal().view(-1, 1, 1)
 
 
@@ -120,15 +120,15 @@ def softmax_attention(
     if dtype == torch.float16 and learns:
         dtype = torch.float32
     out_dtype = g.dtype
-    theta, phi, g = widen(theta, dtype), widen(phi, dtype), widen(g, dtype)
+    theta, phi, g = upcast(theta, dtype), upcast(phi, dtype), upcast(g, dtype)
     if not torch.jit.is_scripting():
         if torch.onnx.is_in_onnx_export():
             weights = softmax_weights(theta, phi, mask, scale)
-            return narrow(product(g, weights.transpose(1, 2)), out_dtype)
+            return saturating_cast(upcast_matmul(g, weights.transpose(1, 2)), out_dtype)
         if _tiles_are_faster(theta, phi, g, learns):
             y = tiled_softmax_attention(theta * scale, phi, g, mask)
-            return narrow(y, out_dtype)
-    return narrow(_fused_attention(theta, phi, g, mask, scale), out_dtype)
+            return saturating_cast(y, out_dtype)
+    return saturating_cast(_fused_attention(theta, phi, g, mask, scale), out_dtype)
 
 
 def _tiles_are_faster(theta: Tensor, phi: Tensor, g: Tensor, learns: bool) -> bool:
@@ -137,7 +137,7 @@ def _tiles_are_faster(theta: Tensor, phi: Tensor, g: Tensor, learns: bool) -> bo
     Their backward is as fast, but 15 times slower among denormal numbers; see `tiled_softmax`.
     """
     return (
-        not is_recorded()
+        not is_tracing_or_compiling()
         and theta.device.type == "cpu"
         and theta.dtype in (torch.float32, torch.float64)
         and (learns or phi.shape[1] != g.shape[1])
@@ -183,19 +183,19 @@ def _attention(
 
 def dot_product_attention(theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
     """Sums of g under `dot_product_weights`: (B, V, N), over j first where that is cheaper."""
-    values = widen(g)
+    values = upcast(g)
     if _dense_is_cheaper(theta, phi, g):
-        y = product(values, dot_product_weights(theta, phi, mask).transpose(1, 2))
-        return narrow(y, g.dtype)
+        y = upcast_matmul(values, dot_product_weights(theta, phi, mask).transpose(1, 2))
+        return saturating_cast(y, g.dtype)
     if mask is not None:
         values = values.masked_fill(~mask.unsqueeze(1), 0.0)
-    summary = product(values, phi.transpose(1, 2)) * _one_over_keys(phi[:, 0], mask)
-    return narrow(product(summary, theta), g.dtype)
+    summary = upcast_matmul(values, phi.transpose(1, 2)) * _one_over_keys(phi[:, 0], mask)
+    return saturating_cast(upcast_matmul(summary, theta), g.dtype)
 
 
 def _dense_is_cheaper(theta: Tensor, phi: Tensor, g: Tensor) -> bool:
     """By multiplications: N M (D + V) in the dense order, D V (N + M) in the other."""
-    if is_recorded():
+    if is_tracing_or_compiling():
         return False
     width, values = phi.shape[1], g.shape[1]
     queries, keys = theta.shape[2], phi.shape[2]
@@ -207,31 +207,31 @@ def concatenation_attention(a: Tensor, b: Tensor, g: Tensor, mask: Optional[Tens
 
     Where the weights are no larger than the values they are written out, which is then faster.
     """
-    queries, keys, values = widen(a), widen(b), widen(g)
+    queries, keys, values = upcast(a), upcast(b), upcast(g)
     if _dense_is_faster(a, g):
-        y = product(values, concatenation_weights(queries, keys, mask).transpose(1, 2))
-        return narrow(y, g.dtype)
-    kinks = -keys
+        y = upcast_matmul(values, concatenation_weights(queries, keys, mask).transpose(1, 2))
+        return saturating_cast(y, g.dtype)
+    breakpoints = -keys
     if mask is not None:
-        kinks = kinks.masked_fill(~mask, math.inf)
+        breakpoints = breakpoints.masked_fill(~mask, math.inf)
     share = _one_over_keys(keys, mask).squeeze(2)
-    if torch.jit.is_scripting() or is_recorded():
-        y = plain_hinge_sums(queries, kinks, values, share)
+    if torch.jit.is_scripting() or is_tracing_or_compiling():
+        y = hinge_sums_composite(queries, breakpoints, values, share)
     else:
-        y = hinge_sums(queries, kinks, values, share)
-    return narrow(y, g.dtype)
+        y = hinge_sums(queries, breakpoints, values, share)
+    return saturating_cast(y, g.dtype)
 
 
 def _dense_is_faster(a: Tensor, g: Tensor) -> bool:
     if not torch.jit.is_scripting():
         if torch.onnx.is_in_onnx_export():
             return True
-        if is_recorded():
+        if is_tracing_or_compiling():
             return False
     return min(a.shape[1], g.shape[2]) <= g.shape[1]
 
 
-def is_recorded() -> bool:
+def is_tracing_or_compiling() -> bool:
     """Whether the operators are being recorded, for sizes other than these."""
     if torch.jit.is_scripting():
         return False

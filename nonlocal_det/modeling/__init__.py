@@ -10,5 +10,5 @@ from .backbone import (
     insert_after_outputs,
     nonlocal_resnet,
 )
-from .build import block_maker
+from .block_factory import nonlocal_block_factory
 from .positions import PositionError, insert_non_local

@@ -13,17 +13,17 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ResNet, build_
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor
 
-from .build import insertion_from_config, make_block
-from .padding import hand_out_masks
-from .places import LEVELS, output_places
-from .positions import MakeBlock, PositionError, insert_non_local, make_block_for, parse_position
+from .block_factory import build_block, position_kwargs
+from .padding_mask import register_padding_mask_hooks
+from .positions import BlockFactory, PositionError, build_block_at, insert_non_local, parse_position
+from .supported_positions import FPN_LEVELS, output_positions
 
 
-@torch.random.fork_rng(devices=())  # as in `insert_at`
+@torch.random.fork_rng(devices=())  # as in `insert_blocks`
 def insert_after_outputs(
     backbone: Backbone,
     positions: Sequence[str],
-    make_block: MakeBlock = make_block,
+    make_block: BlockFactory = build_block,
     mask_padding: bool = True,
 ) -> Backbone:
     """Put blocks after named outputs of any detectron2 backbone, in place.
@@ -48,7 +48,7 @@ def insert_after_outputs(
     old = getattr(backbone, "non_local", nn.ModuleDict())
     blocks = nn.ModuleDict()
     for position in map(parse_position, positions):
-        name = position.place
+        name = position.target
         if name not in shapes or position.index is not None:
             raise PositionError(
                 f"Position {position.text!r}: the outputs of {type(backbone).__name__} are "
@@ -57,12 +57,12 @@ def insert_after_outputs(
         if name in blocks or name in old:
             raise PositionError(f"Position {position.text!r} puts a second block after {name}.")
         like = list(backbone.parameters())[-1]
-        block = make_block_for(position, shapes[name].channels, make_block)
+        block = build_block_at(position, shapes[name].channels, make_block)
         blocks[name] = block.to(like).train(backbone.training)
     if blocks and not old:
         backbone.register_forward_hook(_run_blocks)
         if mask_padding:
-            hand_out_masks(backbone)
+            register_padding_mask_hooks(backbone)
     backbone.non_local = nn.ModuleDict({**old, **blocks})
     return backbone
 
@@ -79,7 +79,7 @@ def _run_blocks(
 def nonlocal_resnet(
     *,
     positions: Sequence[str] = (),
-    make_block: MakeBlock = make_block,
+    make_block: BlockFactory = build_block,
     mask_padding: bool = True,
     **resnet: Any,
 ) -> ResNet:
@@ -94,18 +94,18 @@ def nonlocal_resnet(
 
 
 def _insert_into_resnet(
-    resnet: ResNet, positions: Sequence[str], make_block: MakeBlock, mask_padding: bool
+    resnet: ResNet, positions: Sequence[str], make_block: BlockFactory, mask_padding: bool
 ) -> ResNet:
     stages = {name: getattr(resnet, name) for name in resnet.stage_names}
     free = [n for n, stage in stages.items() if any(p.requires_grad for p in stage.parameters())]
     for position in map(parse_position, positions):
-        if position.place in stages and position.place not in free:
+        if position.target in stages and position.target not in free:
             raise PositionError(
-                f"Position {position.text!r}: {position.place} is frozen, and a block there would "
+                f"Position {position.text!r}: {position.target} is frozen, and a block there would "
                 f"not be. Lower MODEL.BACKBONE.FREEZE_AT, or choose from {', '.join(free)}."
             )
     if insert_non_local(resnet, positions, make_block) and mask_padding:
-        hand_out_masks(resnet)
+        register_padding_mask_hooks(resnet)
     return resnet
 
 
@@ -116,7 +116,7 @@ class NonLocalFPN(FPN):
         self,
         *,
         positions: Sequence[str] = (),
-        make_block: MakeBlock = make_block,
+        make_block: BlockFactory = build_block,
         mask_padding: bool = True,
         **fpn: Any,
     ) -> None:
@@ -130,7 +130,7 @@ def build_nonlocal_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResN
     """detectron2's ResNet with blocks after residual blocks, of stages that are not frozen."""
     resnet = build_resnet_backbone(cfg, input_shape)
     # Of a C4 model, res5 is in the head, and so are its blocks.
-    return _insert_into_resnet(resnet, **_insertion(cfg, *resnet.stage_names))
+    return _insert_into_resnet(resnet, **_insertion_kwargs(cfg, *resnet.stage_names))
 
 
 @BACKBONE_REGISTRY.register()
@@ -163,19 +163,19 @@ def _build_fpn(
         norm=cfg.MODEL.FPN.NORM,
         top_block=make_top(bottom_up),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-        **_insertion(cfg, *LEVELS),
+        **_insertion_kwargs(cfg, *FPN_LEVELS),
     )
 
 
 @BACKBONE_REGISTRY.register()
 def build_nonlocal_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Any registered backbone, ``MODEL.NONLOCAL.BACKBONE``, with blocks after its outputs."""
-    insertion = _insertion(cfg, *output_places(cfg))
+    insertion = _insertion_kwargs(cfg, *output_positions(cfg))
     backbone = BACKBONE_REGISTRY.get(cfg.MODEL.NONLOCAL.BACKBONE)(cfg, input_shape)
     return insert_after_outputs(backbone, **insertion)
 
 
-def _insertion(cfg: CfgNode, *places: str) -> dict[str, Any]:
+def _insertion_kwargs(cfg: CfgNode, *places: str) -> dict[str, Any]:
     """The arguments of a backbone that takes blocks at ``places``."""
     mask_padding = cfg.MODEL.NONLOCAL.MASK_PADDING
-    return {**insertion_from_config(cfg, *places), "mask_padding": mask_padding}
+    return {**position_kwargs(cfg, *places), "mask_padding": mask_padding}

@@ -22,8 +22,8 @@ from detectron2.modeling.roi_heads import (
     Res5ROIHeads,
 )
 
-from .build import insertion_from_config, make_block
-from .positions import MakeBlock, Site, insert_at, insert_non_local, parse_position
+from .block_factory import build_block, position_kwargs
+from .positions import BlockFactory, InsertionPoint, insert_blocks, insert_non_local, parse_position
 
 
 class _TakesBlocks:
@@ -42,23 +42,23 @@ class _TakesBlocks:
         input_shape: ShapeSpec,
         *,
         positions: Sequence[str] = (),
-        make_block: MakeBlock = make_block,
+        make_block: BlockFactory = build_block,
         **head: Any,
     ) -> None:
         """``head`` are the arguments of detectron2's head; the others are `insert_non_local`'s."""
         super().__init__(input_shape, **head)
         names = [name for name in self._modules if re.fullmatch(self.counted, name)]
-        sites = [
-            Site(self, "", name, position)
+        points = [
+            InsertionPoint(self, "", name, position)
             for position in map(parse_position, positions)
             for name in position.select(names, "convolutions")
         ]
-        insert_at(sites, make_block)
+        insert_blocks(points, make_block)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         head = super().from_config(cfg, input_shape)
-        return {**head, **insertion_from_config(cfg, cls.place)}
+        return {**head, **position_kwargs(cfg, cls.target)}
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -92,5 +92,5 @@ class NonLocalRes5ROIHeads(Res5ROIHeads):
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
         res5, channels = super()._build_res5_block(cfg)
-        insert_non_local(nn.ModuleDict({"res5": res5}), **insertion_from_config(cfg, "res5"))
+        insert_non_local(nn.ModuleDict({"res5": res5}), **position_kwargs(cfg, "res5"))
         return res5, channels

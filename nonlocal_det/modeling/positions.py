@@ -15,9 +15,9 @@ from typing import Any, Callable, Union
 import torch
 import torch.nn as nn
 
-MakeBlock = Callable[..., nn.Module]
+BlockFactory = Callable[..., nn.Module]
 
-_SYNTAX = re.compile(r"(?P<place>[\w.\-]+)(\[(?P<index>[-+:\d\s]*)\])?(?P<settings>(\s+\w+=\S+)*)")
+_SYNTAX = re.compile(r"(?P<target>[\w.\-]+)(\[(?P<index>[-+:\d\s]*)\])?(?P<settings>(\s+\w+=\S+)*)")
 _EXAMPLES = "'res4[-2]', 'res3[1::2]', 'p3', 'mask_head[-1]', 'res3[:] PAIRWISE=dot_product'"
 
 
@@ -30,7 +30,7 @@ class Position:
     """One entry of ``MODEL.NONLOCAL.POSITIONS``."""
 
     text: str
-    place: str
+    target: str
     index: Union[int, slice, None] = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -42,8 +42,8 @@ class Position:
         """
         if self.index is None:
             raise PositionError(
-                f"Position {self.text!r}: {self.place} has {len(names)} {what}; say after which, "
-                f"as in '{self.place}[-1]' or '{self.place}[:]'."
+                f"Position {self.text!r}: {self.target} has {len(names)} {what}; say after which, "
+                f"as in '{self.target}[-1]' or '{self.target}[:]'."
             )
         try:
             selected = names[self.index]
@@ -53,7 +53,7 @@ class Position:
             span = f"from 0 to {len(names) - 1}, or -1 to -{len(names)} from the end"
             there = f"indices go {span}" if names else "there is no place to insert"
             raise PositionError(
-                f"Position {self.text!r} selects nothing: {self.place} has {len(names)} {what}; "
+                f"Position {self.text!r} selects nothing: {self.target} has {len(names)} {what}; "
                 f"{there}."
             )
         return [selected] if isinstance(selected, str) else list(selected)
@@ -75,7 +75,7 @@ def parse_position(text: str) -> Position:
             f"index or slice: {_EXAMPLES}."
         )
     pairs = (setting.split("=", 1) for setting in match["settings"].split())
-    return Position(text, match["place"], index, {key: _literal(value) for key, value in pairs})
+    return Position(text, match["target"], index, {key: _literal(value) for key, value in pairs})
 
 
 def _parse_index(text: str) -> Union[int, slice, None]:
@@ -96,7 +96,7 @@ def _literal(value: str) -> Any:
 
 
 def insert_non_local(
-    module: nn.Module, positions: Iterable[str], make_block: MakeBlock
+    module: nn.Module, positions: Iterable[str], make_block: BlockFactory
 ) -> list[str]:
     """Put blocks into any CNN, in place, after named children that run in sequence.
 
@@ -113,29 +113,31 @@ def insert_non_local(
     Raises:
         PositionError: if a place does not exist, is not in an ``nn.Sequential``, or is named twice.
     """
-    sites = []
+    points = []
     for position in map(parse_position, positions):
         path, names = _locate(module, position)
-        sites += [Site(module.get_submodule(path), path, name, position) for name in names]
-    return insert_at(sites, make_block)
+        points += [
+            InsertionPoint(module.get_submodule(path), path, name, position) for name in names
+        ]
+    return insert_blocks(points, make_block)
 
 
 def _locate(module: nn.Module, position: Position) -> tuple[str, list[str]]:
     """The path of a Sequential below ``module`` and the names of its children selected."""
-    parts = position.place.split(".")
+    parts = position.target.split(".")
     sequences = {n: m for n, m in module.named_modules() if isinstance(m, nn.Sequential)}
     parent = sequences.get(".".join(parts[:-1]))
     if position.index is None and parent is not None and parts[-1] in parent._modules:
         return ".".join(parts[:-1]), [parts[-1]]
-    if position.place not in sequences:
+    if position.target not in sequences:
         raise PositionError(
             f"Position {position.text!r}: {type(module).__name__} runs nothing of that name in a "
             f"sequence. Its sequences are {', '.join(sequences) or 'none'}."
         )
-    names = list(sequences[position.place]._modules)
+    names = list(sequences[position.target]._modules)
     inserted = set(map(block_name, names))
     counted = [name for name in names if name not in inserted]
-    return position.place, position.select(counted, "blocks")
+    return position.target, position.select(counted, "blocks")
 
 
 def block_name(child: str) -> str:
@@ -144,7 +146,7 @@ def block_name(child: str) -> str:
 
 
 @dataclass(frozen=True)
-class Site:
+class InsertionPoint:
     """The place of one block: after the child ``name`` of ``sequence``, called ``path``."""
 
     sequence: nn.Sequential
@@ -162,32 +164,32 @@ class Site:
 # So what is random in a block shifts nothing else: for the same seed, a detector starts with the
 # same weights with and without blocks.
 @torch.random.fork_rng(devices=())
-def insert_at(sites: Sequence[Site], make_block: MakeBlock) -> list[str]:
-    """Put a block at each site; the names of the blocks.
+def insert_blocks(points: Sequence[InsertionPoint], make_block: BlockFactory) -> list[str]:
+    """Put a block at each insertion point; the names of the blocks.
 
     Raises:
-        PositionError: if two positions name one site, or a position's settings make no block; the
-            module is then left as it was.
+        PositionError: If two positions name one insertion point, or a position's settings make no
+            block; the module is then left as it was.
     """
     blocks: dict[str, nn.Module] = {}
-    for site in sites:
-        new = block_name(site.name)
-        name = f"{site.path}.{new}".lstrip(".")
-        if name in blocks or new in site.sequence._modules:
+    for point in points:
+        new = block_name(point.name)
+        name = f"{point.path}.{new}".lstrip(".")
+        if name in blocks or new in point.sequence._modules:
             raise PositionError(
-                f"Position {site.position.text!r} puts a second block after {site.name} of "
-                f"{site.path or 'the module'}; each place takes one."
+                f"Position {point.position.text!r} puts a second block after {point.name} of "
+                f"{point.path or 'the module'}; each place takes one."
             )
-        channels = output_channels(site.layers)
-        block = make_block_for(site.position, channels, make_block)
-        like = [parameter for layer in site.layers for parameter in layer.parameters()]
-        blocks[name] = block.to(like[-1]).train(site.layers[-1].training)
-    for site, block in zip(sites, blocks.values()):
-        _insert_after(site.sequence, site.name, block)
+        channels = output_channels(point.layers)
+        block = build_block_at(point.position, channels, make_block)
+        like = [parameter for layer in point.layers for parameter in layer.parameters()]
+        blocks[name] = block.to(like[-1]).train(point.layers[-1].training)
+    for point, block in zip(points, blocks.values()):
+        _insert_after(point.sequence, point.name, block)
     return list(blocks)
 
 
-def make_block_for(position: Position, channels: int, make_block: MakeBlock) -> nn.Module:
+def build_block_at(position: Position, channels: int, make_block: BlockFactory) -> nn.Module:
     """A block with the position's own settings.
 
     Raises:

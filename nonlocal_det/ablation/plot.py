@@ -1,0 +1,53 @@
+"""AP against distance, drawn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .statistics import values_by_seed, variants
+
+
+def distance_plot(report: Mapping[str, Any]) -> Figure:
+    """A panel a task, a line a variant, through the mean AP at each range of distances.
+
+    Args:
+        report: as ``tools/run_ablation.py`` writes it, its runs with ``by_distance``. Each seed is
+            a
+            dot; lines are means. ``reach`` is drawn as a dashed line.
+    """
+    results = report["runs"]
+    tasks = list(dict.fromkeys(run["task"] for run in results))
+    ranges = results[0]["by_distance"]
+    middles = [(r["low"] + r["high"]) / 2 for r in ranges]
+    figure = Figure(figsize=(5.2 * len(tasks), 4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for panel, task in zip(panels, tasks):
+        for number, variant in enumerate(variants(results)):
+            by_range = [
+                list(values_by_seed(results, task, variant, "by_distance", i, "AP").values())
+                for i in range(len(ranges))
+            ]
+            means = [statistics.fmean(values) for values in by_range]
+            color = f"C{number}"
+            panel.plot(middles, means, "-", color=color, label=variant)
+            for middle, values in zip(middles, by_range):
+                panel.plot([middle] * len(values), values, ".", color=color, alpha=0.5)
+        panel.axvline(report["reach"], color="0.5", linestyle="--", linewidth=1)
+        panel.annotate(
+            f"reach of {report['baseline']}",
+            (report["reach"], 2),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color="0.4",
+            fontsize=8,
+        )
+        panel.set(title=task, xlabel="distance to the cue, pixels", ylim=(0, 100))
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("box AP")
+    panels[-1].legend(frameon=False, fontsize=8)
+    return figure

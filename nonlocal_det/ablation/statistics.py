@@ -1,0 +1,135 @@
+"""From results to tables: means, and intervals of paired differences, in Markdown."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+# Student's t at 0.975, by degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+Results = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, and the ends of its 95% interval; nan for a single pair."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.mean:+.1f}"
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
+    """How far ``values`` are above ``baseline``, pair by pair; both by seed.
+
+    The interval is Student's, for differences that are normal and independent.
+
+    Raises:
+        ValueError: if there is no seed that both have, or there are more than eleven.
+    """
+    differences = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline)]
+    freedom = len(differences) - 1
+    if not 0 <= freedom <= len(_T):
+        raise ValueError(f"{len(differences)} pairs; there must be 1 to {len(_T) + 1}.")
+    mean = statistics.fmean(differences)
+    if freedom == 0:
+        return Difference(mean, math.nan, math.nan)
+    half = _T[freedom - 1] * statistics.stdev(differences) / math.sqrt(freedom + 1)
+    return Difference(mean, mean - half, mean + half)
+
+
+def tables(report: Mapping[str, Any]) -> str:
+    """All tables of what ``tools/run_ablation.py`` wrote, in Markdown."""
+    results, baseline = report["runs"], report["baseline"]
+    parts = []
+    for task in dict.fromkeys(run["task"] for run in results):
+        parts.append(f"Task: {task}\n\n" + overall_table(results, task, baseline))
+        if "reach" in report:
+            parts.append(distance_table(results, task, baseline, report["reach"]))
+    return "\n".join([*parts, cost_table(report["costs"], baseline)])
+
+
+def values_by_seed(results: Results, task: str, variant: str, *keys: Any) -> dict[int, float]:
+    """A number of a variant's runs on a task, by seed.
+
+    Args:
+        results: what runs left.
+        task: of the suite.
+        variant: of the suite.
+        keys: where the number is in a result, such as "metrics", "bbox/AP".
+    """
+    runs = [run for run in results if (run["task"], run["variant"]) == (task, variant)]
+    return {run["seed"]: reduce(getitem, keys, run) for run in runs}
+
+
+def overall_table(results: Results, task: str, baseline: str) -> str:
+    """A line a variant: AP and AP50, mean and standard deviation, and the paired differences."""
+    rows = []
+    for variant in variants(results):
+        row = [variant]
+        for metric in ("bbox/AP", "bbox/AP50"):
+            values = values_by_seed(results, task, variant, "metrics", metric)
+            before = values_by_seed(results, task, baseline, "metrics", metric)
+            row.append(_spread(values))
+            row.append("" if variant == baseline else str(paired_difference(values, before)))
+        rows.append([*row, str(len(values))])
+    return markdown(["variant", "AP", "difference", "AP50", "difference", "seeds"], rows)
+
+
+def cost_table(costs: Mapping[str, Mapping[str, float]], baseline: str) -> str:
+    """A line a variant: what it costs, and that over the baseline's cost in parentheses."""
+    units = {"parameters": 1, "flops": 1e6, "seconds": 1e-3, "bytes": 2**20}
+    rows = []
+    for variant, cost in costs.items():
+        row = [f"{cost[k] / u:,.0f} ({cost[k] / costs[baseline][k]:.3f})" for k, u in units.items()]
+        rows.append([variant, *row])
+    return markdown(["variant", "parameters", "MFLOPs", "ms a step", "MiB kept for backward"], rows)
+
+
+def distance_table(results: Results, task: str, baseline: str, reach: float) -> str:
+    """A line a variant, a column a range of distances: AP and its paired difference.
+
+    The last column is of all objects whose cue is farther than ``reach`` pixels away.
+    """
+    ranges = results[0]["by_distance"]
+    places = [*(("by_distance", i) for i in range(len(ranges))), ("beyond_reach",)]
+    rows = []
+    for variant in variants(results):
+        cells = []
+        for place in places:
+            values = values_by_seed(results, task, variant, *place, "AP")
+            before = values_by_seed(results, task, baseline, *place, "AP")
+            difference = "" if variant == baseline else f" ({paired_difference(values, before)})"
+            cells.append(f"{statistics.fmean(values.values()):.1f}{difference}")
+        rows.append([variant, *cells])
+    names = [f"{r['low']:g} to {r['high']:g} px" for r in ranges] + [f"beyond {reach:.0f} px"]
+    counts = [str(r["count"]) for r in (*ranges, results[0]["beyond_reach"])]
+    return markdown(["variant", *names], [["objects", *counts], *rows])
+
+
+def variants(results: Results) -> list[str]:
+    """The names of the variants, as they first occur."""
+    return list(dict.fromkeys(run["variant"] for run in results))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; all but the first column to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _spread(values: Mapping[int, float]) -> str:
+    """Mean and, of several, the standard deviation."""
+    mean = f"{statistics.fmean(values.values()):.1f}"
+    return f"{mean} ± {statistics.stdev(values.values()):.1f}" if len(values) > 1 else mean

@@ -1,0 +1,94 @@
+"""A suite: variants of one configuration, trained on several tasks with several seeds.
+
+config: ../mask_rcnn_R50_NL.yaml   # relative to the suite's own file
+seeds: [1, 2, 3]
+baseline: stock                    # the variant that the others are compared with
+tasks:                             # what each adds to the configuration
+  coco: {DATASETS.TRAIN: [coco_2017_train]}
+variants:
+  stock: {MODEL.NONLOCAL.POSITIONS: []}
+  one block: {}
+distances: [0, 64, 128]            # optional: pixels; see `ap_by_distance`
+cue_radius: 42                     # optional: how far a cue can be seen from its centre, pixels
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from ..utils.validation import check_choice
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a variant on a task with a seed."""
+
+    task: str
+    variant: str
+    seed: int
+    options: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Where it writes, below the suite's output."""
+        return os.path.join(self.task, self.variant, f"seed{self.seed}").replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite's file says; paths are those of this machine."""
+
+    file: str
+    config: str
+    seeds: tuple[int, ...]
+    baseline: str
+    tasks: Mapping[str, Options]
+    variants: Mapping[str, Options]
+    distances: tuple[float, ...] = ()
+    cue_radius: float = 0
+
+    def runs(self) -> list[Run]:
+        """All trainings; those of one seed, which are compared with each other, together."""
+        return [
+            Run(task, variant, seed, self.options(task, variant, seed))
+            for seed in self.seeds
+            for task in self.tasks
+            for variant in self.variants
+        ]
+
+    def options(self, task: str, variant: str, seed: int) -> tuple[str, ...]:
+        """``KEY VALUE`` pairs, as on the command line of ``tools/train_net.py``."""
+        chosen = {**self.tasks[task], **self.variants[variant], "SEED": seed}
+        return tuple(text for key, value in chosen.items() for text in (key, str(value)))
+
+
+def read_suite(file: str) -> Suite:
+    """Read a suite's file.
+
+    Raises:
+        FileNotFoundError: if it, or the configuration that it names, does not exist.
+        ValueError: if a part is missing, unknown or empty.
+    """
+    with open(file, encoding="utf-8") as opened:
+        content = yaml.safe_load(opened)
+    parts = tuple(name for name in Suite.__dataclass_fields__ if name != "file")
+    if not isinstance(content, dict):
+        raise ValueError(f"{file!r} is not a suite; it needs {', '.join(parts)}.")
+    for name in content:
+        check_choice(f"A part of the suite {file!r}", name, parts)
+    for name in parts:
+        if name not in ("distances", "cue_radius") and not content.get(name):
+            raise ValueError(f"The suite {file!r} has no {name!r}.")
+    check_choice(f"The baseline of {file!r}", content["baseline"], tuple(content["variants"]))
+    config = os.path.join(os.path.dirname(file), content.pop("config"))
+    if not os.path.isfile(config):
+        raise FileNotFoundError(f"The suite {file!r} names {config!r}, which does not exist.")
+    seeds, distances = tuple(content.pop("seeds")), tuple(content.pop("distances", ()))
+    return Suite(file, os.path.normpath(config), seeds=seeds, distances=distances, **content)

@@ -1,0 +1,1 @@
+"""Checkpoints: load reports, atomic writing, and converters of other code's weights."""

@@ -1,0 +1,103 @@
+"""Loading weights into a model with blocks, and saying in one line what was loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn as nn
+from detectron2.checkpoint import DetectionCheckpointer
+
+from ..layers.base import NonLocalBase
+
+
+class NonLocalCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, which after loading tells new blocks from what went wrong.
+
+    Also reads torchvision's ResNets as they are. They take images in RGB, with a standard
+    deviation, and STRIDE_IN_1X1 False.
+
+    Attributes:
+        load_report: `LoadReport` of the latest loading.
+    """
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        loaded = super()._load_file(filename)
+        if "layer1.0.conv1.weight" in loaded["model"]:
+            return {"model": convert_torchvision(loaded["model"]), "matching_heuristics": True}
+        return loaded
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        if incompatible is not None:
+            self.load_report = _load_report(self.model, incompatible)
+            self.logger.info(str(self.load_report))
+        return incompatible
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did to a model, by the names of tensors.
+
+    Attributes:
+        loaded: were in the checkpoint.
+        new: blocks, by name, of which nothing was.
+        missing: others that were not.
+        incorrect_shapes: were, in another shape.
+        unexpected: of the checkpoint, in no model's place.
+    """
+
+    loaded: set[str]
+    new_blocks: list[str]
+    missing_keys: set[str]
+    incorrect_shapes: set[str]
+    unexpected_keys: set[str]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        parts.append(
+            f"{len(self.new_blocks)} new blocks: {', '.join(self.new_blocks)}"
+            if self.new_blocks
+            else "no new block"
+        )
+        for what, keys in (
+            ("not in the checkpoint", self.missing_keys),
+            ("of another shape", self.incorrect_shapes),
+            ("unexpected in the checkpoint", self.unexpected_keys),
+        ):
+            if keys:
+                shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+                parts.append(f"{len(keys)} {what}: {shown}")
+        return "; ".join(parts) + "."
+
+
+def _load_report(model: nn.Module, incompatible: Any) -> LoadReport:
+    incorrect_shapes = {entry[0] for entry in incompatible.incorrect_shapes}
+    missing = set(incompatible.missing_keys) - incorrect_shapes
+    keys_of = {
+        name: {f"{name}.{key}" for key in module.state_dict()}
+        for name, module in model.named_modules()
+        if isinstance(module, NonLocalBase)
+    }
+    # A block of which something was loaded is not new: what it lacks is then reported.
+    new = [name for name, keys in keys_of.items() if keys <= missing]
+    return LoadReport(
+        loaded=model.state_dict().keys() - missing - incorrect_shapes,
+        new_blocks=new,
+        missing_keys=missing.difference(*(keys_of[name] for name in new)),
+        incorrect_shapes=incorrect_shapes,
+        unexpected_keys=set(incompatible.unexpected_keys),
+    )
+
+
+def convert_torchvision(weights: dict[str, Any]) -> dict[str, Any]:
+    """A torchvision ResNet's tensors under detectron2's names: ``layer1`` is ``res2``."""
+    renamed = {}
+    for key, value in weights.items():
+        name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", key)
+        name = re.sub(r"^(conv1|bn1)\b", r"stem.\1", name)
+        name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
+        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        renamed[name] = value
+    return renamed

@@ -1,0 +1,202 @@
+"""The lamps dataset on disk: PNG pictures and annotations in COCO's format.
+
+    <folder>/annotations/instances_<split>.json
+    <folder>/<split>/000001.png ...
+
+Beside COCO's own keys, an image has ``cue_xy`` (the lamp's centre) and ``seed`` (the arguments of
+`image_rng`), and an annotation has ``cue_distance``, from the centre of its box to the lamp's.
+All are in pixels. The files hold no date and no path: the same arguments give the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import json
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from PIL import Image
+
+from .generator import GENERATOR_VERSION, Instance, Lamp, LampsParams, render_image
+
+SPLITS = {"train": 400, "val": 100}
+
+
+def annotation_file(folder: str, split: str) -> str:
+    """Returns the path of a split's COCO annotations."""
+    return os.path.join(folder, "annotations", f"instances_{split}.json")
+
+
+def image_root(folder: str, split: str) -> str:
+    """Returns the path of the folder of a split's pictures."""
+    return os.path.join(folder, split)
+
+
+def image_rng(seed: int, split: str, index: int) -> np.random.Generator:
+    """Returns the generator of one picture, which no other picture's existence affects.
+
+    Args:
+        seed: of the dataset.
+        split: its name.
+        index: of the picture in its split, from 0.
+    """
+    return np.random.default_rng([seed, zlib.crc32(split.encode()), index])
+
+
+def write_dataset(
+    folder: str, split: str, count: int, *, seed: int = 0, params: LampsParams | None = None
+) -> None:
+    """Draws a split and writes it into ``folder``, over what is there.
+
+    Whoever may be interrupted, or may share the folder with other processes, wants
+    `ensure_dataset` instead.
+
+    Args:
+        folder: the dataset's folder; made if missing.
+        split: name of the split.
+        count: number of pictures.
+        seed: of the dataset.
+        params: what the pictures look like; defaults to LampsParams().
+    """
+    params = params or LampsParams()
+    os.makedirs(os.path.dirname(annotation_file(folder, split)), exist_ok=True)
+    os.makedirs(image_root(folder, split), exist_ok=True)
+    images, annotations = [], []
+    annotation_ids = itertools.count(1)  # pycocotools takes the id 0 for "not matched"
+    for index in range(count):
+        picture, instances, lamp = render_image(image_rng(seed, split, index), params)
+        image = {
+            "id": index + 1,
+            "file_name": f"{index + 1:06d}.png",
+            "height": picture.shape[0],
+            "width": picture.shape[1],
+            "cue_xy": _round_all(lamp.center),
+            "seed": [seed, split, index],
+        }
+        Image.fromarray(picture).save(os.path.join(image_root(folder, split), image["file_name"]))
+        images.append(image)
+        annotations += [
+            {"id": next(annotation_ids), "image_id": image["id"], **_annotation(instance, lamp)}
+            for instance in instances
+        ]
+    content = {
+        "info": _info(split, count, seed, params),
+        "licenses": [],
+        "categories": [{"id": i, "name": n} for i, n in enumerate(params.categories, start=1)],
+        "images": images,
+        "annotations": annotations,
+    }
+    with open(annotation_file(folder, split), "w", encoding="utf-8") as file:
+        json.dump(content, file)
+
+
+def ensure_dataset(
+    folder: str,
+    splits: Mapping[str, int] = SPLITS,
+    *,
+    seed: int = 0,
+    params: LampsParams | None = None,
+) -> None:
+    """Makes sure that ``folder`` holds the dataset, drawing it where there is nothing yet.
+
+    The folder appears whole or not at all, and any number of processes may call this at once.
+
+    Args:
+        folder: the dataset's folder.
+        splits: the number of pictures of each split.
+        seed: of the dataset.
+        params: what the pictures look like; defaults to LampsParams().
+
+    Raises:
+        FileExistsError: the folder holds something else, such as pictures of another seed. It is
+            neither used nor overwritten.
+        OSError: the folder cannot be written.
+    """
+    params = params or LampsParams()
+    if _is_free(folder):
+        try:
+            _write_whole(folder, splits, seed, params)
+        except OSError as error:
+            raise OSError(
+                f"Cannot write the lamps dataset to {os.path.abspath(folder)} "
+                f"({error.strerror or error}): set the environment variable DETECTRON2_DATASETS to "
+                "a folder that can be written."
+            ) from error
+    for split, count in splits.items():
+        if _read_info(annotation_file(folder, split)) != _info(split, count, seed, params):
+            raise FileExistsError(
+                f"{os.path.abspath(folder)} is not the lamps dataset that this version draws with "
+                "these settings: delete it to have it drawn anew, or set the environment variable "
+                "DETECTRON2_DATASETS to another folder."
+            )
+
+
+def _is_free(folder: str) -> bool:
+    return not os.path.exists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
+
+
+def _write_whole(folder: str, splits: Mapping[str, int], seed: int, params: LampsParams) -> None:
+    """Writes the dataset aside, then gives it its name in one step."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as aside:
+        # One level down, since a temporary folder itself is closed to other users.
+        staged = os.path.join(aside, name)
+        for split, count in splits.items():
+            write_dataset(staged, split, count, seed=seed, params=params)
+        try:
+            os.rename(staged, folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            # Another process was first; the caller checks what it wrote.
+
+
+def _read_info(path: str) -> object:
+    """Returns what an annotation file says of its making; None if it is no such file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)["info"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _info(split: str, count: int, seed: int, params: LampsParams) -> dict:
+    info = {
+        "description": f"Lamps: shapes whose category is decided by the {params.decided_by}.",
+        "version": GENERATOR_VERSION,
+        "split": split,
+        "count": count,
+        "seed": seed,
+        "params": dataclasses.asdict(params),
+    }
+    return json.loads(json.dumps(info))  # as it reads after a round trip: tuples become lists
+
+
+def _annotation(instance: Instance, lamp: Lamp) -> dict:
+    """Returns the keys of a COCO annotation that depend on the instance alone."""
+    low, high = instance.polygon.min(axis=0), instance.polygon.max(axis=0)
+    return {
+        "category_id": instance.category + 1,
+        "bbox": _round_all([*low, *(high - low)]),
+        "area": _round_all([_area(instance.polygon)])[0],
+        "iscrowd": 0,
+        "segmentation": [_round_all(instance.polygon.ravel())],
+        "cue_distance": _round_all([math.dist((low + high) / 2, lamp.center)])[0],
+    }
+
+
+def _area(polygon: np.ndarray) -> float:
+    """Returns the area of a polygon (V, 2), by the shoelace formula."""
+    x, y = polygon.T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
+def _round_all(values: Iterable[float]) -> list[float]:
+    return [round(float(value), 2) for value in values]

@@ -1,0 +1,81 @@
+"""Each class's results, from one evaluation of pycocotools or of its like."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from pycocotools.cocoeval import COCOeval
+
+
+class PerClassResult(NamedTuple):
+    """What was measured for one class, in percent; NaN where it has no object.
+
+    Attributes:
+        name: of the class.
+        objects: how many count: crowds do not, nor for keypoints those with none annotated.
+        ap: mean of AP at IoU (for keypoints OKS) .50, .55, ... .95.
+        ap50: AP at .50.
+        ap75: AP at .75.
+        ar: the share of objects found, mean over the same IoUs, with COCO's number of detections
+            for each picture: 100, for keypoints 20.
+    """
+
+    name: str
+    objects: int
+    ap: float
+    ap50: float
+    ap75: float
+    ar: float
+
+
+HEADER = ("class", "objects", "AP", "AP50", "AP75", "AR")
+
+
+def per_class_results(evaluation: COCOeval) -> list[PerClassResult]:
+    """Each class's results in the order of their ids, after ``evaluation.accumulate()``."""
+    classes = evaluation.cocoGt.loadCats(evaluation.params.catIds)
+    counts = _count_objects(evaluation)
+    # (IoU, recall, class) and (IoU, class), for objects of all sizes and the most detections.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    recall = evaluation.eval["recall"][:, :, 0, -1]
+    at = {iou: np.isclose(evaluation.params.iouThrs, iou) for iou in (0.5, 0.75)}
+    return [
+        PerClassResult(
+            category["name"],
+            counts[category["id"]],
+            _percent(precision[:, :, k]),
+            _percent(precision[at[0.5], :, k]),
+            _percent(precision[at[0.75], :, k]),
+            _percent(recall[:, k]),
+        )
+        for k, category in enumerate(classes)
+    ]
+
+
+def write_per_class_csv(rows: Sequence[PerClassResult], path: str) -> None:
+    """Write a CSV file with a header; percentages have three decimals."""
+    with PathManager.open(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        for name, objects, *measures in rows:
+            writer.writerow([name, objects, *(f"{measure:.3f}" for measure in measures)])
+
+
+def _count_objects(evaluation: COCOeval) -> Counter[int]:
+    truth, params = evaluation.cocoGt, evaluation.params
+    annotations = truth.loadAnns(truth.getAnnIds(imgIds=params.imgIds))
+    objects = [one for one in annotations if not one.get("iscrowd", 0)]
+    if params.iouType == "keypoints":
+        objects = [one for one in objects if one.get("num_keypoints", 0) > 0]
+    return Counter(one["category_id"] for one in objects)
+
+
+def _percent(values: np.ndarray) -> float:
+    """The mean, where -1 stands for nothing to measure."""
+    values = values[values > -1]
+    return 100 * float(values.mean()) if values.size else float("nan")

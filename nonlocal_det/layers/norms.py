@@ -1,0 +1,48 @@
+"""Norms by name, and group norm over valid positions alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Callable, Union
+
+import torch.nn as nn
+from torch import Tensor
+
+from ..utils.validation import check_choice
+from .casting import upcast
+from .shapes import split_channel_groups
+
+Norm = Union[str, Callable[[int], nn.Module]]
+_BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_NORMS = ("", "BN", "SyncBN", "GN")
+
+
+def make_norm(norm: Norm, channels: int, dims: int) -> nn.Module:
+    """The norm named (one of "", "BN", "SyncBN", "GN") or made by the callable, for (B, C, *S).
+
+    "GN" has 32 groups, or as many as divide both 32 and ``channels``.
+    """
+    if callable(norm):
+        return norm(channels)
+    check_choice("norm", norm, _NORMS)
+    if norm == "BN":
+        return _BATCH_NORM[dims](channels)
+    if norm == "SyncBN":
+        return nn.SyncBatchNorm(channels)
+    if norm == "GN":
+        return nn.GroupNorm(math.gcd(32, channels), channels)
+    return nn.Identity()
+
+
+def masked_group_norm(
+    x: Tensor, mask: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """`F.group_norm` of (B, C, *S), with the statistics of the positions that take part."""
+    grouped = split_channel_groups(upcast(x), groups)
+    part = mask.flatten(1).unsqueeze(1).unsqueeze(1).to(grouped.dtype)
+    count = (part.sum(dim=3, keepdim=True) * grouped.shape[2]).clamp(min=1)
+    centred = grouped - (grouped * part).sum(dim=[2, 3], keepdim=True) / count
+    variance = (centred.square() * part).sum(dim=[2, 3], keepdim=True) / count
+    y = (centred * (variance + eps).rsqrt()).flatten(1, 2)
+    y = y * weight.unsqueeze(1) + bias.unsqueeze(1)
+    return y.view_as(x).to(x.dtype)

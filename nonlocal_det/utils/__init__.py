@@ -1,0 +1,1 @@
+"""Files, plots and argument checks that every other room uses; knows no detection."""

@@ -1,0 +1,265 @@
+"""Comparing variants: AP by distance, reach, intervals, suites, and a real small comparison.
+
+Tried by hand, and seen to fail: the area of a detection left as it is; ranges that hold both of
+their ends; differences of means, unpaired; a suite that trains again what is done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from detectron2.modeling import build_model
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from nonlocal_det.ablation.distance_ap import ap_by_distance
+from nonlocal_det.ablation.receptive_field import receptive_field_radius
+from nonlocal_det.ablation.runs import RESULT
+from nonlocal_det.ablation.statistics import paired_difference, tables
+from nonlocal_det.ablation.suite import read_suite
+from nonlocal_det.config import load_config
+from nonlocal_det.data import ensure_dataset, register_lamps
+from nonlocal_det.modeling.supported_positions import check_positions
+
+PROJECT = Path(__file__).parents[1]
+SUITES = sorted((PROJECT / "configs" / "compare").glob("*.yaml"))
+CONFIG = PROJECT / "configs" / "Base-Lamps-Faster-RCNN-C4.yaml"
+
+
+# ---- AP by distance
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("truth") / "lamps"
+    ensure_dataset(str(folder), {"val": 30})
+    return str(folder / "annotations" / "instances_val.json")
+
+
+def detections(json_file: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Every object, shifted and scored at random, some under another name; and some of nothing."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for annotation in json.loads(Path(json_file).read_text())["annotations"]:
+        box = np.array(annotation["bbox"])
+        box[:2] += rng.normal(0, 0.08, 2) * box[2:]
+        category = annotation["category_id"] if rng.random() < 0.8 else rng.integers(1, 4)
+        for shift in (0, 60) if rng.random() < 0.3 else (0,):
+            found.append(
+                {
+                    "image_id": annotation["image_id"],
+                    "category_id": int(category),
+                    "bbox": [*(box[:2] + shift).tolist(), *box[2:].tolist()],
+                    "score": float(rng.random()),
+                }
+            )
+    return found
+
+
+def test_one_range_for_all_is_cocos_own_ap(truth: str) -> None:
+    found = detections(truth)
+    coco = COCO(truth)
+    evaluation = COCOeval(coco, coco.loadRes([dict(d) for d in found]), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    (every,) = ap_by_distance(truth, found, (0, 1e5))
+    assert every["count"] == len(coco.anns)
+    assert every["AP"] == pytest.approx(100 * evaluation.stats[0], abs=1e-9)
+    assert every["AP50"] == pytest.approx(100 * evaluation.stats[1], abs=1e-9)
+    assert 20 < every["AP"] < 90
+
+
+def test_what_is_wrong_at_one_distance_counts_there_alone(truth: str) -> None:
+    content = json.loads(Path(truth).read_text())
+    found = [
+        {
+            "image_id": a["image_id"],
+            # Far objects are all given one name.
+            "category_id": a["category_id"] if a["cue_distance"] < 60 else 1,
+            "bbox": a["bbox"],
+            "score": 0.9,
+        }
+        for a in content["annotations"]
+    ]
+    near, far = ap_by_distance(truth, found, (0, 60, 1e5))
+    assert near["AP"] == pytest.approx(100)
+    assert far["AP"] < 40
+    assert near["count"] + far["count"] == len(content["annotations"])
+    assert near["count"] == sum(a["cue_distance"] < 60 for a in content["annotations"])
+
+
+def test_nothing_found_and_nothing_asked_for(truth: str) -> None:
+    nearer, farther = ap_by_distance(truth, [], (0, 1e4, 2e4))
+    assert (nearer["AP"], farther["count"]) == (0, 0) and math.isnan(farther["AP"])
+
+
+def test_a_dataset_without_cues_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "plain.json"
+    file.write_text(json.dumps({"images": [{"id": 1}], "annotations": [], "categories": []}))
+    with pytest.raises(ValueError, match="cue_xy"):
+        ap_by_distance(str(file), [], (0, 10))
+
+
+# ---- how far a model sees
+
+
+def test_reach_is_that_of_the_convolutions() -> None:
+    """By hand, at res4 of R50: 7 + 2 x 2 (pool) + 3 x 2 x 4 (res2) + 4 x 2 x 8 + 6 x 2 x 16.
+
+    That is 291 pixels, 145 to a side of a cell; and pooling looks at cells around the box, the
+    nearest sample in it being half a bin, 44 / 14 pixels, inside its edge.
+    """
+    model = build_model(load_config(str(CONFIG)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    side = (7 + 2 * 2 + 3 * 2 * 4 + 4 * 2 * 8 + 6 * 2 * 16 - 1) / 2
+    assert side == 145
+    distance = receptive_field_radius(model, 44, width=512)
+    nearest = side + 44 / 2 - 44 / 14
+    assert nearest <= distance <= nearest + 2 * 16
+    assert model.training and all(
+        (value == before[n]).all() for n, value in model.state_dict().items()
+    )
+
+
+def test_a_block_sees_everything() -> None:
+    cfg = load_config(str(CONFIG), ["MODEL.NONLOCAL.POSITIONS", "('res4[-2]',)"])
+    assert receptive_field_radius(build_model(cfg), 44, width=512) >= 512 - 44 / 2 - 1
+
+
+# ---- intervals
+
+
+def test_a_paired_difference_by_hand() -> None:
+    """Differences 1, 2, 6: mean 3, deviation sqrt(7), t(2) = 4.303."""
+    found = paired_difference({1: 11, 2: 22, 3: 36, 9: 0}, {3: 30, 2: 20, 1: 10, 7: 5})
+    half = 4.303 * math.sqrt(7) / math.sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((3, 3 - half, 3 + half))
+    assert str(found) == "+3.0 [-3.6, +9.6]"
+
+
+def test_one_pair_has_no_interval() -> None:
+    found = paired_difference({1: 5.0}, {1: 4.0})
+    assert found.mean == 1 and math.isnan(found.low) and str(found) == "+1.0"
+    with pytest.raises(ValueError, match="0 pairs"):
+        paired_difference({1: 5.0}, {2: 4.0})
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 11])
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
+    rng = np.random.default_rng(seeds)
+    held, trials = 0, 4000
+    for row in rng.normal(1.0, 2.0, (trials, seeds)):
+        difference = paired_difference(dict(enumerate(row)), dict.fromkeys(range(seeds), 0.0))
+        held += difference.low <= 1.0 <= difference.high
+    # Four standard deviations of that share.
+    assert abs(held / trials - 0.95) < 4 * math.sqrt(0.95 * 0.05 / trials)
+
+
+# ---- suites
+
+
+@pytest.mark.parametrize("file", SUITES, ids=lambda file: file.stem)
+def test_every_run_of_a_shipped_suite_can_be_built(file: Path) -> None:
+    suite = read_suite(str(file))
+    folders = set()
+    for run in suite.runs():
+        folders.add(run.folder)
+        if run.seed == suite.seeds[0]:
+            cfg = load_config(suite.config, [*run.options, "MODEL.DEVICE", "cpu"])
+            check_positions(cfg)
+            build_model(cfg)
+    assert (
+        len(folders)
+        == len(suite.runs())
+        == len(suite.seeds) * len(suite.tasks) * len(suite.variants)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"variants": None}, "variants"),
+        ({"baseline": "stok"}, "'stock'"),
+        ({"seedz": [1]}, "'seedz'"),
+        ({"config": "no_such.yaml"}, "no_such.yaml"),
+        ({"seeds": []}, "seeds"),
+    ],
+)
+def test_a_wrong_suite_says_so(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    content = {
+        "config": str(CONFIG),
+        "seeds": [1],
+        "baseline": "stock",
+        "tasks": {"far": {}},
+        "variants": {"stock": {}},
+    }
+    file = tmp_path / "suite.yaml"
+    file.write_text(yaml.safe_dump({**content, **change}))
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        read_suite(str(file))
+
+
+# ---- a comparison
+
+
+@pytest.mark.long
+def test_a_comparison_from_training_to_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    register_lamps()
+    few = {"SOLVER.MAX_ITER": 2, "SOLVER.IMS_PER_BATCH": 2}
+    content = {
+        "config": str(CONFIG),
+        "seeds": [1],
+        "baseline": "stock",
+        "distances": [0, 50, 300],
+        "tasks": {
+            "near": {**few, "DATASETS.TRAIN": ["lamps_train"], "DATASETS.TEST": ["lamps_val"]}
+        },
+        "variants": {"stock": {}, "one block": {"MODEL.NONLOCAL.POSITIONS": ["res4[-2]"]}},
+    }
+    suite, output = tmp_path / "suite.yaml", tmp_path / "output"
+    suite.write_text(yaml.safe_dump(content, sort_keys=False))
+    monkeypatch.syspath_prepend(PROJECT / "tools")  # as where it is started as a script
+    main = runpy.run_path(str(PROJECT / "tools" / "compare.py"))["main"]
+    arguments = ["--suite", str(suite), "--output", str(output), "--jobs", "1"]
+    main(arguments)
+    report = json.loads((output / "results.json").read_text())
+    assert [run["variant"] for run in report["runs"]] == ["stock", "one block"]
+    for run in report["runs"]:
+        assert {"bbox/AP", "bbox/AP50"} <= run["metrics"].keys()
+        assert sum(r["count"] for r in run["by_distance"]) > 200
+        assert run["run"]["seed"] == 1 and run["run"]["command"]
+    stock, block = report["costs"]["stock"], report["costs"]["one block"]
+    # theta, phi, g and out of 256 channels, 128 inner, with their biases.
+    assert block["parameters"] - stock["parameters"] == 4 * 256 * 128 + 3 * 128 + 256
+    assert block["flops"] > stock["flops"] and block["bytes"] > stock["bytes"]
+    assert (output / "distance.png").stat().st_size > 10_000
+    assert (output / "tables.md").read_text() == tables(report)
+    assert "one block" in capsys.readouterr().out
+
+    results = sorted(output.rglob(RESULT))
+    times = [file.stat().st_mtime_ns for file in results]
+    main(arguments)
+    assert [file.stat().st_mtime_ns for file in results] == times and len(times) == 2
+
+
+@pytest.mark.parametrize(
+    "file", sorted((PROJECT / "docs" / "evidence").glob("*.json")), ids=lambda file: file.stem
+)
+def test_the_report_shows_what_the_runs_left(file: Path) -> None:
+    text = (PROJECT / "docs" / "evidence.md").read_text()
+    report = json.loads(file.read_text())
+    rows = [line for line in tables(report).splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in text] == []
+    assert len({run["run"]["git"]["nonlocal_det"]["commit"] for run in report["runs"]}) == 1

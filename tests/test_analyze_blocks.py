@@ -1,0 +1,113 @@
+"""tools/analyze_blocks.py: counts against arithmetic by hand, and against the stock model's own.
+
+Broken by hand to see a test fail, each of these failed at least one test here:
+counting the zeros that pad values; counting queries twice and values never; prefix sums left out;
+the stock model with the blocks' share in it.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.modeling import build_model
+from tiny_models import NARROW, STOCK, blocks_of, renamed
+
+from nonlocal_det.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = str(ROOT / "configs" / "mask_rcnn_R50_NL.yaml")
+TOOL = runpy.run_path(str(ROOT / "tools" / "analyze_model.py"))
+# res4 of a narrow ResNet has 128 channels; 64 x 96 pixels are 4 x 6 positions there.
+C, D, N = 128, 64, 24
+FEW = ["MODEL.RPN.POST_NMS_TOPK_TEST", 7, "TEST.DETECTIONS_PER_IMAGE", 3]
+SMALL = [str(option) for option in (*NARROW, *FEW)]
+CONVOLUTION = N * C * D
+
+
+def analyze(*options):
+    model = TOOL["build"](CONFIG, [*SMALL, *options])
+    return model, TOOL["analyze"](model, (64, 96))
+
+
+# By hand: theta and out for every position, phi and g for every key, of which there are 2 x 3.
+EMBEDDINGS = (2 + 2 / 4) * CONVOLUTION
+BY_HAND = {
+    "embedded_gaussian": ((), EMBEDDINGS + N * 6 * (D + D)),
+    "all keys": (("SUBSAMPLE", "False"), 4 * CONVOLUTION + N * N * (D + D)),
+    # Every position is embedded, and then pooled.
+    "pooled last": (("POOL_FIRST", "False"), 4 * CONVOLUTION + N * 6 * (D + D)),
+    # The Gaussian compares all channels and embeds but the values.
+    "gaussian": (("PAIRWISE", "gaussian"), (1 + 1 / 4) * CONVOLUTION + N * 6 * (C + D)),
+    # g phi^T, once for all queries, and that with theta.
+    "dot_product": (("PAIRWISE", "dot_product"), EMBEDDINGS + D * D * (6 + N)),
+    # Two prefix sums over the keys of each channel, one slope times rise for each query.
+    "concatenation": (("PAIRWISE", "concatenation"), EMBEDDINGS + 2 * 6 * D + N * D),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_a_block_by_hand(case):
+    options, expected = BY_HAND[case]
+    if options:
+        options = (f"MODEL.NONLOCAL.{options[0]}", options[1])
+    _, found = analyze(*options)
+    (block,) = found["blocks"].values()
+    assert block["flops"] == expected
+    embedded = 1 if case == "gaussian" else 3
+    vector = 2 * D if case == "concatenation" else 0
+    assert block["parameters"] == embedded * (C * D + D) + D * C + C + vector
+
+
+def test_without_blocks_it_is_the_stock_model():
+    model, found = analyze("MODEL.NONLOCAL.POSITIONS", "('res3[:]', 'p2', 'mask_head[-1]')")
+    assert list(found["blocks"]) == list(blocks_of(model))
+    cfg = load_config(CONFIG, [*SMALL, "MODEL.DEVICE", "cpu"])
+    cfg.MODEL.RPN.NMS_THRESH = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 1.0
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    stock = build_model(renamed(cfg, STOCK))
+    assert found["stock"] == TOOL["analyze"](stock, (64, 96))["total"]
+    # The block of the mask head sees every object.
+    head = found["blocks"]["roi_heads.mask_head.nl_mask_fcn4"]["flops"]
+    assert head == 3 * (2 * (196 + 49) * 32 * 16 + 196 * 49 * (16 + 16))
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "found.json"
+    TOOL["main"](["--config-file", CONFIG, "--size", "64", "96", "--json", str(path), *SMALL])
+    found = json.loads(path.read_text())
+    assert found["config"] == CONFIG and found["size"] == [64, 96]
+    printed = capsys.readouterr().out
+    assert "backbone.bottom_up.res4.nl4" in printed and "with blocks" in printed
+    share = found["blocks"]["backbone.bottom_up.res4.nl4"]["flops"] / found["stock"]["flops"]
+    assert f"{share:.2%}" in printed
+    assert found["total"]["flops"] == found["stock"]["flops"] + sum(
+        block["flops"] for block in found["blocks"].values()
+    )
+
+
+def test_a_lazy_configuration():
+    lazy = TOOL["build"](str(ROOT / "configs" / "lazy" / "mask_rcnn_R50_NL.py"), [])
+    assert list(blocks_of(lazy)) == ["backbone.bottom_up.res4.nl4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config-file", "missing.yaml"], "'missing.yaml'"),
+        (["--config-file", CONFIG, "MODEL.NONLOCAL.POSITIONS", "('p9',)"], "'p9'"),
+    ],
+)
+def test_wrong_input_ends_with_one_sentence(arguments, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["analyze_model.py"])
+    with pytest.raises(SystemExit, match=said):
+        TOOL["main"](arguments)
+
+
+def test_a_size_of_nothing(capsys):
+    with pytest.raises(SystemExit):
+        TOOL["main"](["--config-file", CONFIG, "--size", "0", "96"])
+    assert "at least 1" in capsys.readouterr().err

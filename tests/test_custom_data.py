@@ -1,0 +1,228 @@
+"""Your own data: what the check finds, and real runs of tools/train_net.py on them.
+
+Tried by hand, and seen to fail: EXIF's turn ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from nonlocal_det.data.coco_validation import compare_splits, image_size, validate_coco
+from nonlocal_det.data.dataset_report import KINDS
+from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
+from nonlocal_det.engine.custom_data import flip_map
+
+PROJECT = Path(__file__).parents[1]
+LAMPS = PROJECT / "configs" / "lamps_mask_rcnn_R18_NL.yaml"
+SMALL = [
+    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.0001"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "10", "DATALOADER.NUM_WORKERS", "0", "SEED", "1"),
+    *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TEST", "160"),
+]
+NAMES = {3: "lemon", 17: "sea", 40: "plum"}
+
+
+def train_net(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / "train_net.py")]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def own_names(content: dict) -> None:
+    """Other names, ids with gaps and out of order, nested folders, and no area or iscrowd."""
+    ids = dict(zip((1, 2, 3), NAMES))
+    content["categories"] = [{"id": i, "name": NAMES[i]} for i in reversed(NAMES)]
+    for image in content["images"]:
+        image["file_name"] = f"day{image['id'] % 2}/{image['file_name']}"
+    for annotation in content["annotations"]:
+        annotation["category_id"] = ids[annotation["category_id"]]
+        del annotation["area"], annotation["iscrowd"]
+
+
+def five_keypoints(content: dict) -> None:
+    names = ["nose", "left_ear", "right_ear", "left_hip", "right_hip"]
+    content["categories"] = [{"id": 5, "name": "shape", "keypoints": names}]
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        corners = [(0.5, 0.1), (0.1, 0.2), (0.9, 0.2), (0.2, 0.9), (0.8, 0.9)]
+        points = [(x + u * width, y + v * height, 2) for u, v in corners]
+        annotation["keypoints"] = [float(number) for point in points for number in point]
+        annotation["category_id"] = 5
+
+
+@pytest.fixture()
+def own(tmp_path: Path) -> Path:
+    """A folder with train.json and val.json, their pictures in train/ and val/."""
+    for split, count in (("train", 6), ("val", 4)):
+        write_dataset(str(tmp_path), split, count)
+        Path(annotation_file(str(tmp_path), split)).rename(tmp_path / f"{split}.json")
+        for picture in sorted(Path(image_root(str(tmp_path), split)).iterdir()):
+            day = picture.parent / f"day{int(picture.stem) % 2}"
+            day.mkdir(exist_ok=True)
+            picture.rename(day / picture.name)
+        edit(tmp_path / f"{split}.json", own_names)
+    return tmp_path
+
+
+def files(own: Path, *splits: str) -> list[object]:
+    flags = [
+        (f"--{s}-json", own / f"{s}.json", f"--{s}-images", own / s)
+        for s in splits or ("train", "val")
+    ]
+    return [argument for given in flags for argument in given]
+
+
+def found(report) -> dict[str, int]:
+    return {finding.kind: finding.count for finding in report.findings}
+
+
+def test_training_and_evaluating_on_ones_own_data(own: Path) -> None:
+    def damage(content: dict) -> None:
+        content["annotations"][0]["bbox"][2] = 0
+        content["images"][5]["file_name"] = "gone.png"
+
+    edit(own / "train.json", damage)
+    output = own / "output"
+    done = train_net("--config-file", LAMPS, *files(own), *SMALL, "OUTPUT_DIR", output)
+    assert "boxes without width or height" in done.stdout and "gone.png" in done.stdout
+    # What was left out is not trained on, and the user's file is as it was.
+    used = json.loads((output / "datasets" / "own_train.json").read_text())
+    given = json.loads((own / "train.json").read_text())
+    lost = {a["id"] for a in given["annotations"] if a["image_id"] == 6} | {1}
+    assert {a["id"] for a in given["annotations"]} - {a["id"] for a in used["annotations"]} == lost
+    assert len(used["images"]) == 5 and "Loaded 5 images" in done.stdout
+    # Three classes, by ascending id.
+    weights = torch.load(output / "model_final.pth", weights_only=True)["model"]
+    assert weights["roi_heads.box_predictor.cls_score.weight"].shape[0] == 3 + 1
+    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert {"bbox/AP-lemon", "bbox/AP-sea", "bbox/AP-plum", "segm/AP"} <= rows[-1].keys()
+    results = json.loads((output / "inference" / "coco_instances_results.json").read_text())
+    assert results and {result["category_id"] for result in results} <= set(NAMES)
+
+    again = ("MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", own / "again")
+    train_net("--config-file", LAMPS, "--eval-only", *files(own, "val"), *SMALL, *again)
+    name = Path("inference") / "coco_instances_results.json"
+    assert json.loads((own / "again" / name).read_text()) == results
+
+
+def test_keypoints_come_from_the_file(own: Path) -> None:
+    for split in ("train", "val"):
+        edit(own / f"{split}.json", five_keypoints)
+    head = ("MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "[8]")
+    options = (*SMALL, *head, "MODEL.MASK_ON", "False", "OUTPUT_DIR", own / "output")
+    done = train_net("--config-file", LAMPS, *files(own), *options)
+    assert "TEST.KEYPOINT_OKS_SIGMAS [0.067, 0.067, 0.067, 0.067, 0.067]" in done.stdout
+    weights = torch.load(own / "output" / "model_final.pth", weights_only=True)["model"]
+    assert weights["roi_heads.keypoint_head.score_lowres.weight"].shape[1] == 5
+    row = json.loads((own / "output" / "metrics.json").read_text().splitlines()[-1])
+    assert "keypoints/AP" in row
+
+
+def test_without_masks_boxes_are_learned(own: Path) -> None:
+    for split in ("train", "val"):
+        edit(own / f"{split}.json", lambda c: [a.pop("segmentation") for a in c["annotations"]])
+    done = train_net("--config-file", LAMPS, *files(own), *SMALL, "OUTPUT_DIR", own / "output")
+    assert "MODEL.MASK_ON False" in done.stdout
+    row = json.loads((own / "output" / "metrics.json").read_text().splitlines()[-1])
+    assert "bbox/AP" in row and "segm/AP" not in row
+
+
+def test_check_alone_writes_nothing(own: Path) -> None:
+    before = sorted(own.rglob("*"))
+    output = ("OUTPUT_DIR", own / "output")
+    done = train_net("--check", "--config-file", LAMPS, *files(own), *output)
+    assert "6 images" in done.stdout and "3 classes (lemon, sea, plum)" in done.stdout
+    assert done.stdout.endswith("The data can be used.\n")
+    assert sorted(own.rglob("*")) == before
+
+
+def test_a_good_dataset_has_no_findings(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), "train", 8)
+    report = validate_coco(
+        annotation_file(str(tmp_path), "train"), image_root(str(tmp_path), "train")
+    )
+    assert not report.findings and not report.changed
+    assert len(report.content["images"]) == 8 and report.classes == ["amber", "teal", "violet"]
+
+
+def test_everything_wrong_is_reported_at_once(own: Path) -> None:
+    def damage(content: dict) -> None:
+        first, second, third, fourth, *_ = content["annotations"]
+        first["bbox"] = [0, 0, -5, 5]
+        first["segmentation"] = [[1, 2, 3, 4, 5]]  # both of one annotation
+        second["category_id"] = 99
+        third["image_id"] = 1000
+        fourth["bbox"][0] = float("nan")
+        content["images"][0]["width"] += 1
+        content["images"].append(dict(content["images"][1]))
+
+    edit(own / "train.json", damage)
+    counts = found(validate_coco(str(own / "train.json"), str(own / "train")))
+    assert counts.items() >= {
+        ("empty_box", 1),
+        ("bad_polygon", 1),
+        ("undeclared_category", 1),
+        ("no_such_image", 1),
+        ("bad_box", 1),
+        ("other_size", 1),
+        ("same_image_id", 1),
+        ("same_file", 1),
+    }
+
+
+def test_a_polygon_that_is_none_leaves_the_others(own: Path) -> None:
+    def damage(content: dict) -> None:
+        content["annotations"][0]["segmentation"].append([1, 2, 3, 4])
+
+    edit(own / "train.json", damage)
+    report = validate_coco(str(own / "train.json"), str(own / "train"))
+    assert found(report)["bad_polygon"] == 1
+    assert [len(report.content["annotations"][0]["segmentation"]), report.changed] == [1, True]
+
+
+def test_sets_are_compared(own: Path) -> None:
+    train, val = (validate_coco(str(own / f"{s}.json"), str(own / s)) for s in ("train", "val"))
+    compare_splits(train, val)
+    assert "shared_image" not in found(val)  # of the same names, in another folder
+    compare_splits(train, train)
+    assert found(train)["shared_image"] == 6
+    edit(own / "val.json", lambda content: content["categories"].pop())
+    val = validate_coco(str(own / "val.json"), str(own / "val"))
+    compare_splits(train, val)
+    assert val.fatal and "only training has lemon" in str(val)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, (60, 40)), (3, (60, 40)), (6, (40, 60))])
+def test_sizes_are_those_seen(tmp_path: Path, orientation: int, size: tuple[int, int]) -> None:
+    image = Image.new("RGB", (60, 40))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert image_size(str(tmp_path / "a.jpg")) == size
+
+
+def test_left_and_right_change_places() -> None:
+    names = ["nose", "left_eye", "right_eye", "Left-Ear", "Right-Ear", "left_wing"]
+    assert flip_map(names) == [("left_eye", "right_eye"), ("Left-Ear", "Right-Ear")]
+
+
+def test_the_manual_lists_every_kind() -> None:
+    """docs/custom_datasets.md says of each kind what this code does."""
+    manual = (PROJECT / "docs" / "data.md").read_text()
+    rows = set(re.findall(r"^\| (.+?) \| (.+?) \|", manual, flags=re.MULTILINE))
+    assert {(kind.what, kind.severity) for kind in KINDS.values()} <= rows

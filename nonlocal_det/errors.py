@@ -1,4 +1,4 @@
-"""Errors that end a run with a message instead of a traceback."""
+"""Errors that end a program with a one-line message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# As CUDA, torch on CPUs, OpenCV, the C++ library, and torch of a loading process say it.
-_MEMORY_FULL = re.compile(
+# Messages of CUDA, torch on CPUs, OpenCV, the C++ library, and torch about a killed worker.
+_OUT_OF_MEMORY = re.compile(
     r"out of memory|allocate memory|not enough memory|insufficient memory|bad_alloc"
     r"|worker .*killed by signal",
     re.IGNORECASE,
@@ -18,10 +18,11 @@ _MEMORY_FULL = re.compile(
 
 @contextmanager
 def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
-    """End the program with what a wrong input raised, as one sentence, and exit code 1.
+    """Exit with a one-line error message and exit code 1 if the body raises an expected error.
 
     Args:
-        kinds: of errors that speak for themselves; by default ValueError and OSError.
+        kinds: Exceptions whose message says all that the user needs; by default ValueError and
+            OSError.
     """
     expected = kinds or (ValueError, OSError)
     try:
@@ -31,24 +32,24 @@ def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
 
 
 class TrainingError(RuntimeError):
-    """A run stopped for a reason that the message, one sentence or more, explains."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so, of the GPU or of the machine."""
-    return isinstance(error, MemoryError) or bool(_MEMORY_FULL.search(str(error)))
+    """Training or evaluation stopped for a known reason, which the message explains."""
 
 
 class DataLoadingError(TrainingError):
-    """A picture, or what is annotated on it, cannot be used; the message is one sentence."""
+    """An image or its annotations cannot be loaded; the message names the file in one line."""
 
-    def __init__(self, text: str) -> None:
-        # From a loading process it comes with the traceback there, which ends with the sentence.
-        super().__init__(text.strip().splitlines()[-1].rpartition("DataLoadingError: ")[2])
+    def __init__(self, message: str) -> None:
+        # A DataLoader worker passes it on with the worker's traceback, whose last line it is.
+        super().__init__(message.strip().splitlines()[-1].rpartition("DataLoadingError: ")[2])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that GPU or host memory is exhausted."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def summarize_error(error: Exception) -> str:
-    """An error's kind and its first sentence."""
+    """Return an error's class name and the first sentence of its message."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     first = text.strip().partition("\n")[0].partition(". ")[0].rstrip(".")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -1,10 +1,10 @@
-"""One step of a real detector with blocks, in as many processes as this script is started in.
+"""One iteration of a real detector with blocks, in as many processes as this script runs in.
 
-    torchrun --nproc_per_node 2 tests/ddp_gradients.py OUTPUT NORM:PASSES:PRECISION ...
+    torchrun --nproc_per_node 2 tests/ddp_gradients.py OUTPUT NORM:ACCUMULATION_STEPS:PRECISION ...
 
-The maths allows equality with one process and one pass: every anchor is sampled and becomes a
-proposal, none of which is suppressed, and only the annotated boxes themselves match. So all
-pictures have as many samples of each kind, and the mean over a part has the weight of the part.
+The math allows equality with one process and one micro-batch: every anchor is sampled and becomes
+a proposal, none of which is suppressed, and only the annotated boxes themselves match. So all
+images have as many samples of each kind, and the mean over a micro-batch has its weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tiny_models import OURS, images, renamed, wake, zoo_config
 
 from nonlocal_det.engine import GradAccumTrainer, Trainer, launch, wrap_ddp
 
-PICTURES = 4
+NUM_IMAGES = 4
 ALL_ALIKE = [
     *("MODEL.RPN.NMS_THRESH", 1.0, "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.999]),
     *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 4096, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 4096),
@@ -28,14 +28,14 @@ ALL_ALIKE = [
 
 
 def one_step(norm, accumulation_steps=1, precision=None, options=()):
-    """Gradients, norms' statistics and losses, with this process's share of the pictures."""
+    """Gradients, norms' statistics and losses, with this process's share of the images."""
     cfg = zoo_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", ALL_ALIKE)
     cfg.MODEL.NONLOCAL.POSITIONS = ("res4[-2]", "p3", "mask_head[-1]")
     cfg.MODEL.NONLOCAL.NORM = norm
     cfg.merge_from_list(list(options))
     model = build_tame(cfg)
-    each = PICTURES // comm.get_world_size()
-    mine = images(cfg, *[(64, 64)] * PICTURES)[comm.get_rank() * each :][:each]
+    each = NUM_IMAGES // comm.get_world_size()
+    mine = images(cfg, *[(64, 64)] * NUM_IMAGES)[comm.get_rank() * each :][:each]
     model = wrap_ddp(model, broadcast_buffers=False)
     step = GradAccumTrainer(
         model,
@@ -85,8 +85,8 @@ def main(args):
     output, *cases = args.opts
     done = {}
     for case in cases:
-        norm, passes, precision = case.split(":")
-        done[case] = one_step(norm, int(passes), getattr(torch, precision) if precision else None)
+        norm, steps, precision = case.split(":")
+        done[case] = one_step(norm, int(steps), getattr(torch, precision) if precision else None)
     if comm.is_main_process():
         torch.save(done, output)
 

@@ -1,12 +1,12 @@
-"""The table of bad inputs: each ends with one readable sentence before anything starts.
+"""The table of bad inputs: each exits with a readable one-line error before anything starts.
 
 Every row is tried in a folder that holds an earlier run's output; afterwards all files are as they
 were, bit for bit, and no other is there. Rows run in this process, for speed, by the scripts' own
-main functions; some run again as processes, for the exit status and for what the screen shows.
+main functions; some run again as processes, for the exit code and the output.
 
-Seen to fail while what they test was not there: YAML that is no mapping, a checkpoint of which
-nothing fits, no dataset at all, a JSON list of numbers, zero images to measure, overrides of
-keys that a LazyConfig does not have, an output checked only after the work.
+Mutations tried by hand; each makes at least one test here fail: YAML that is not a mapping, a
+checkpoint of which nothing fits, no dataset at all, a JSON list of numbers, zero images to measure,
+overrides of keys that a LazyConfig does not have, an output checked only after the work.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from PIL import Image
 from nonlocal_det.config import load_config
 from nonlocal_det.data import register_lamps
 from nonlocal_det.data.dataset_mapper import CheckedDatasetMapper
-from nonlocal_det.data.dataset_report import KINDS, LEFT_OUT, STOPS
+from nonlocal_det.data.issue_types import ERROR, ISSUE_TYPES, REMOVED
 from nonlocal_det.data.lamps.writer import annotation_file, ensure_dataset
 from nonlocal_det.engine import Trainer, nonlocal_argument_parser, run_dataset_check
 from nonlocal_det.engine.custom_data import load_custom_datasets
 
 PROJECT = Path(__file__).parents[1]
 LAMPS = "lamps_mask_rcnn_R18_NL.yaml"
-OWN = ["--train-json", "own.json", "--train-images", "pictures"]
+CUSTOM = ["--train-json", "custom.json", "--train-images", "images"]
 KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.MASK_ON", "False"]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small lamps dataset, inputs of all kinds, and what an earlier run has left in output/."""
+    """A small lamps dataset, inputs of all kinds, and the files of an earlier run in output/."""
     root = tmp_path_factory.mktemp("bad_input")
     ensure_dataset(str(root / "lamps"), {"train": 4, "val": 2})
     write_files(root)
@@ -77,7 +77,7 @@ def write_files(root: Path) -> None:
         "words.pth": "these are no weights",
         "words.pkl": "these are no weights",
         "a_file": "in the way of a folder",
-        "no_picture.jpg": "no picture",
+        "no_image.jpg": "no image",
         "broken.py": "model = (",
     }.items():
         (root / name).write_text(text)
@@ -95,8 +95,8 @@ def write_files(root: Path) -> None:
     (root / "cut.pth").write_bytes(whole[: len(whole) // 2])
     (root / "cut.pkl").write_bytes(pickle.dumps({"model": {"a": [1] * 100}})[:-20])
     Image.new("RGB", (64, 48)).save(root / "good.png")
-    shutil.copytree(root / "lamps" / "train", root / "pictures")
-    shutil.copy(annotation_file(str(root / "lamps"), "train"), root / "own.json")
+    shutil.copytree(root / "lamps" / "train", root / "images")
+    shutil.copy(annotation_file(str(root / "lamps"), "train"), root / "custom.json")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -121,7 +121,7 @@ def train(*options: str, config: str = LAMPS) -> list[str]:
 
 
 def ends_with(run: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> str:
-    """The sentence that a command line ends with; its status is not 0."""
+    """The error that a command line exits with; its exit code is not 0."""
     with pytest.raises(SystemExit) as stop:
         run()
     error = capsys.readouterr().err
@@ -133,14 +133,13 @@ def ends_with(run: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> str
 
 
 def run_train_net(arguments: list[str]) -> None:
-    script = runpy.run_path(str(tool_path("train_net")))
-    script["main"](nonlocal_argument_parser().parse_args(arguments))
+    runpy.run_path(str(tool_path("train_net")))["main"](arguments)
 
 
 CONFIGURATIONS = {
     "a missing file": (train(config="no_such.yaml"), ["no_such.yaml"]),
     "no file": (["--config-file", ""], ["configuration file"]),
-    "a folder": (train(config="pictures"), ["pictures"]),
+    "a folder": (train(config="images"), ["images"]),
     "broken YAML": (train(config="broken.yaml"), ["broken.yaml", "line 2"]),
     "a list": (train(config="list.yaml"), ["list.yaml", "keys"]),
     "words": (train(config="text.yaml"), ["text.yaml", "keys"]),
@@ -227,7 +226,7 @@ SETTINGS = {
 }
 WEIGHTS = {
     "missing": ("no_such.pth", ["no_such.pth"]),
-    "a folder": ("pictures", ["pictures"]),
+    "a folder": ("images", ["images"]),
     "empty": ("empty.pth", ["empty.pth", "cannot be read"]),
     "words": ("words.pth", ["words.pth", "cannot be read"]),
     "cut": ("cut.pth", ["cut.pth", "cannot be read"]),
@@ -235,8 +234,8 @@ WEIGHTS = {
     "words as a pickle": ("words.pkl", ["words.pkl", "cannot be read"]),
     "numbers": ("numbers.pth", ["numbers.pth", "cannot be read"]),
     "a whole module": ("module.pth", ["module.pth", "cannot be read"]),
-    "of another model": ("other.pth", ["other.pth", "Nothing", "conv.weight", "backbone"]),
-    "of other shapes": ("shapes.pth", ["shapes.pth", "Nothing"]),
+    "of another model": ("other.pth", ["other.pth", "No tensor", "conv.weight", "backbone"]),
+    "of other shapes": ("shapes.pth", ["shapes.pth", "No tensor"]),
 }
 OUTPUTS = {
     "a file": ("a_file", ["OUTPUT_DIR", "a_file"]),
@@ -263,16 +262,20 @@ TRAIN = {
         ["backbone.pth", "135 tensors"],
     ),
     "images without annotations": (
-        train("--train-images", "pictures"),
+        train("--train-images", "images"),
         ["--train-images", "--train-json"],
     ),
-    "an unknown flag": (["--train-jsn", "own.json"], ["--train-jsn"]),
+    "an unknown flag": (["--train-jsn", "custom.json"], ["--train-jsn"]),
     "a flag without its value": (train("--num-gpus"), ["--num-gpus", "OUTPUT_DIR"]),
     "augmented keypoints": (
         train("TEST.AUG.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"),
         ["TEST.AUG.ENABLED", "MODEL.KEYPOINT_ON", "boxes and masks"],
     ),
-    "own data of an earlier run": (
+    "custom datasets of an earlier run": (
+        train("DATASETS.TEST", "('custom_val',)"),
+        ["custom_val", "--val-json"],
+    ),
+    "custom datasets by the former name": (
         train("DATASETS.TEST", "('own_val',)"),
         ["own_val", "--val-json"],
     ),
@@ -293,8 +296,8 @@ def test_training_does_not_start(
     assert contents(folder) == before
 
 
-# Datasets: (what is done to them, the kind of problem, what the report names). What is done is
-# the whole new text of own.json, or a function of its content and of the folder of pictures.
+# Datasets: (what is done to them, the type of issue, what the report names). What is done is
+# the whole new text of custom.json, or a function of its content and of the folder of images.
 Damage = Union[str, Callable[[dict[str, Any]], Any]]
 
 
@@ -314,18 +317,18 @@ def change(entry: dict[str, Any], changes: dict[str, Any]) -> None:
             del entry[key]
 
 
-def picture(data: Union[bytes, int]) -> Callable[[dict[str, Any]], None]:
-    """Write the first picture anew, or keep its first so many bytes."""
+def image_bytes(data: Union[bytes, int]) -> Callable[[dict[str, Any]], None]:
+    """Overwrite the first image, or keep its first so many bytes."""
 
     def damage(content: dict[str, Any]) -> None:
-        path = Path("pictures") / content["images"][0]["file_name"]
+        path = Path("images") / content["images"][0]["file_name"]
         path.write_bytes(path.read_bytes()[:data] if isinstance(data, int) else data)
 
     return damage
 
 
 def a_folder(content: dict[str, Any]) -> None:
-    path = Path("pictures") / content["images"][0]["file_name"]
+    path = Path("images") / content["images"][0]["file_name"]
     path.unlink()
     path.mkdir()
 
@@ -334,7 +337,7 @@ def twice(part: str) -> Callable[[dict[str, Any]], None]:
     return lambda content: content[part].append(dict(content[part][0]))
 
 
-STOPPING: dict[str, tuple[Damage, str, str]] = {
+ERRORS: dict[str, tuple[Damage, str, str]] = {
     "no JSON": ("{'images': []}", "unreadable", "line 1"),
     "an empty file": ("", "unreadable", "line 1"),
     "a cut file": ('{"images": [{"id": 1', "unreadable", "line 1"),
@@ -370,12 +373,12 @@ STOPPING: dict[str, tuple[Damage, str, str]] = {
     "an annotation id twice": (twice("annotations"), "same_annotation_id", "1"),
     "a category not declared": (first(category_id=9), "undeclared_category", "category 9"),
 }
-LEAVING_OUT: dict[str, tuple[Damage, str, str]] = {
-    "a missing picture": (first_image(file_name="gone.png"), "missing_image", "gone.png"),
-    "an empty picture": (picture(b""), "unreadable_image", "000001.png"),
-    "a cut header": (picture(20), "unreadable_image", "000001.png"),
-    "words for a picture": (picture(b"no picture"), "unreadable_image", "000001.png"),
-    "a folder for a picture": (a_folder, "unreadable_image", "000001.png"),
+REMOVALS: dict[str, tuple[Damage, str, str]] = {
+    "a missing image": (first_image(file_name="gone.png"), "missing_image", "gone.png"),
+    "an empty image": (image_bytes(b""), "unreadable_image", "000001.png"),
+    "a cut header": (image_bytes(20), "unreadable_image", "000001.png"),
+    "words for an image": (image_bytes(b"no image"), "unreadable_image", "000001.png"),
+    "a folder for an image": (a_folder, "unreadable_image", "000001.png"),
     "another size": (first_image(width=9999), "other_size", "not 9999 x"),
     "an image without height": (first_image(height=...), "bad_image", "000001.png"),
     "an image's id as text": (first_image(id="1"), "bad_image", "000001.png"),
@@ -412,65 +415,73 @@ LEAVING_OUT: dict[str, tuple[Damage, str, str]] = {
 }
 
 
-def damage_own(how: Damage) -> None:
+def damage_custom(how: Damage) -> None:
     text = how
     if callable(how):
-        content = json.loads(Path("own.json").read_text())
+        content = json.loads(Path("custom.json").read_text())
         how(content)
         text = json.dumps(content)
-    Path("own.json").write_text(text)
+    Path("custom.json").write_text(text)
 
 
-@pytest.mark.parametrize("name", STOPPING)
-def test_a_dataset_stops_a_run(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    damage, kind, said = STOPPING[name]
-    damage_own(damage)
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_dataset_with_errors_prevents_a_run(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, issue_type, said = ERRORS[name]
+    damage_custom(damage)
     before = contents(folder)
-    arguments = train(*OWN, "OUTPUT_DIR", "output")
-    with pytest.raises(SystemExit, match="The data cannot be used"):
+    arguments = train(*CUSTOM, "OUTPUT_DIR", "output")
+    with pytest.raises(SystemExit, match="The dataset has errors"):
         run_train_net(arguments)
-    shown = [line for line in capsys.readouterr().out.splitlines() if KINDS[kind].what in line]
-    assert len(shown) == 1 and shown[0].startswith(f"  {STOPS}") and said in shown[0]
+    shown = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if ISSUE_TYPES[issue_type].message in line
+    ]
+    assert len(shown) == 1 and shown[0].startswith(f"  {ERROR}") and said in shown[0]
     assert not run_dataset_check(nonlocal_argument_parser().parse_args(arguments))
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", LEAVING_OUT)
-def test_what_cannot_be_used_is_left_out(name: str, folder: Path) -> None:
-    damage, kind, said = LEAVING_OUT[name]
-    whole = json.loads(Path("own.json").read_text())
-    damage_own(damage)
+@pytest.mark.parametrize("name", REMOVALS)
+def test_unusable_entries_are_removed(name: str, folder: Path) -> None:
+    damage, issue_type, said = REMOVALS[name]
+    whole = json.loads(Path("custom.json").read_text())
+    damage_custom(damage)
     before = contents(folder)
-    args = nonlocal_argument_parser().parse_args(train(*OWN, "OUTPUT_DIR", "output"))
+    args = nonlocal_argument_parser().parse_args(train(*CUSTOM, "OUTPUT_DIR", "output"))
     cfg = load_config(args.config_file, args.opts)
-    own = load_custom_datasets(cfg, args)
+    datasets = load_custom_datasets(cfg, args)
     shown = [
-        line for line in str(own.reports["own_train"]).splitlines() if KINDS[kind].what in line
+        line
+        for line in str(datasets.reports["custom_train"]).splitlines()
+        if ISSUE_TYPES[issue_type].message in line
     ]
-    assert len(shown) == 1 and shown[0].startswith(f"  {LEFT_OUT}") and said in shown[0]
+    assert len(shown) == 1 and shown[0].startswith(f"  {REMOVED}") and said in shown[0]
     # As it is trained on.
-    own.configure(cfg)
-    own.finish(cfg)
-    used = DatasetCatalog.get("own_train")
-    lost = 1 if "image" in kind and kind != "no_such_image" or kind == "other_size" else 0
+    datasets.apply_to(cfg)
+    datasets.write_and_log(cfg)
+    used = DatasetCatalog.get("custom_train")
+    lost = issue_type in ("missing_image", "unreadable_image", "bad_image", "other_size")
     of_first = sum(a["image_id"] == 1 for a in whole["annotations"])
     assert len(used) == len(whole["images"]) - lost
     assert sum(len(record["annotations"]) for record in used) == len(whole["annotations"]) - (
         of_first if lost else 1
     )
     after = contents(folder)
-    del after["output/datasets/own_train.json"]
+    del after["output/datasets/custom_train.json"]
     assert after == before
 
 
 def test_keypoints_must_be_named_and_of_one_length(folder: Path) -> None:
     def parse() -> argparse.Namespace:
         return nonlocal_argument_parser().parse_args(
-            train(*OWN, *KEYPOINTS, "OUTPUT_DIR", "output")
+            train(*CUSTOM, *KEYPOINTS, "OUTPUT_DIR", "output")
         )
 
     args = parse()
-    with pytest.raises(ValueError, match="cannot be used"):
+    with pytest.raises(ValueError, match="has errors"):
         load_custom_datasets(load_config(args.config_file, args.opts), args)
 
     def add(content: dict[str, Any]) -> None:
@@ -481,49 +492,51 @@ def test_keypoints_must_be_named_and_of_one_length(folder: Path) -> None:
         content["annotations"][0]["keypoints"] = [1, 1, 2, 2, 2]
         content["annotations"][1]["keypoints"] = []
 
-    damage_own(add)
+    damage_custom(add)
     report = load_custom_datasets(load_config(args.config_file, args.opts), args).reports[
-        "own_train"
+        "custom_train"
     ]
-    found = {finding.kind: finding.count for finding in report.findings}
+    found = {issue.type: issue.count for issue in report.issues}
     assert found["bad_keypoints"] == 1 and found["no_keypoints"] == 1
-    damage_own(lambda content: content["categories"][0].update(keypoints=["nose"]))
-    with pytest.raises(ValueError, match="cannot be used"):
+    damage_custom(lambda content: content["categories"][0].update(keypoints=["nose"]))
+    with pytest.raises(ValueError, match="has errors"):
         load_custom_datasets(load_config(args.config_file, args.opts), args)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1", "I;16"])
-def test_pictures_of_all_kinds_are_good(mode: str, folder: Path) -> None:
-    """They are found good, and are read in training."""
-    picture = Image.open("pictures/000001.png")
+def test_images_of_all_modes_are_valid(mode: str, folder: Path) -> None:
+    """They have no issue, and are loaded in training."""
+    image = Image.open("images/000001.png")
     name = "other.jpg" if mode == "CMYK" else "other.png"
-    picture = Image.new("I;16", picture.size) if mode == "I;16" else picture.convert(mode)
-    picture.save(f"pictures/{name}")
-    damage_own(first_image(file_name=name))
-    args = nonlocal_argument_parser().parse_args(train(*OWN, "OUTPUT_DIR", "output"))
+    image = Image.new("I;16", image.size) if mode == "I;16" else image.convert(mode)
+    image.save(f"images/{name}")
+    damage_custom(first_image(file_name=name))
+    args = nonlocal_argument_parser().parse_args(train(*CUSTOM, "OUTPUT_DIR", "output"))
     cfg = load_config(args.config_file, args.opts)
-    own = load_custom_datasets(cfg, args)
-    # Few pictures do not show all classes.
-    assert {finding.kind for finding in own.reports["own_train"].findings} <= {"unused_category"}
-    own.configure(cfg)
-    read = CheckedDatasetMapper(cfg, is_train=False)(DatasetCatalog.get("own_train")[0])
+    datasets = load_custom_datasets(cfg, args)
+    # Few images do not show all classes.
+    assert {issue.type for issue in datasets.reports["custom_train"].issues} <= {"unused_category"}
+    datasets.apply_to(cfg)
+    read = CheckedDatasetMapper(cfg, is_train=False)(DatasetCatalog.get("custom_train")[0])
     assert read["image"].shape[0] == 3
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_picture_that_breaks_in_training_is_named(
+def test_a_corrupt_image_is_named_in_training(
     workers: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its header is good: only reading it shows that it is cut."""
-    for path in Path("pictures").iterdir():
+    """Its header is valid: only loading it shows that it is truncated."""
+    for path in Path("images").iterdir():
         path.write_bytes(path.read_bytes()[:200])
     done = process(
         "train_net",
-        *train(*OWN, "OUTPUT_DIR", "new", "DATALOADER.NUM_WORKERS", workers, "SEED", "1"),
+        *train(*CUSTOM, "OUTPUT_DIR", "new", "DATALOADER.NUM_WORKERS", workers, "SEED", "1"),
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    said = "train_net.py: error: Training stopped at iteration 0. 'pictures/00000"
+    said = (
+        "train_net.py: error: Training stopped at iteration 0. Failed to load image 'images/00000"
+    )
     assert last.startswith(said) and "truncated" in last
     assert not list(Path("new").glob("*.pth"))
 
@@ -556,7 +569,7 @@ TOOLS: dict[str, tuple[str, list[str], list[str]]] = {
     "look: weights of another model": (
         "visualize_attention",
         [*SEE, "--weights", "other.pth"],
-        ["other.pth", "another model"],
+        ["other.pth", "No tensor"],
     ),
     "look: no blocks": (
         "visualize_attention",
@@ -611,7 +624,7 @@ TOOLS: dict[str, tuple[str, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_other_tools_end_likewise(
+def test_other_tools_exit_with_a_one_line_error(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, arguments, said = TOOLS[name]
@@ -638,10 +651,10 @@ def process(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "name", ["configuration: an unknown key", "weights: cut", "output: below a file"]
 )
-def test_processes_end_with_that_sentence_and_an_exit_status(name: str, folder: Path) -> None:
+def test_processes_exit_with_that_error_and_exit_code_1(name: str, folder: Path) -> None:
     (flag, config, *options), said = TRAIN[name]
     before = contents(folder)
-    done = process("train_net", flag, config, *OWN, *options)
+    done = process("train_net", flag, config, *CUSTOM, *options)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert all(part in done.stderr.strip().splitlines()[-1] for part in said)
     assert contents(folder) == before

@@ -1,6 +1,6 @@
-"""Your own data: what the check finds, and real runs of tools/train_net.py on them.
+"""Custom datasets: their validation, and real runs of tools/train_net.py on them.
 
-Tried by hand, and seen to fail: EXIF's turn ignored.
+Mutations tried by hand; each makes at least one test here fail: the EXIF rotation ignored.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nonlocal_det.data.coco_validation import compare_splits, image_size, validate_coco
-from nonlocal_det.data.dataset_report import KINDS
+from nonlocal_det.data.coco_validation import image_size, validate_coco
+from nonlocal_det.data.dataset_report import compare_splits
+from nonlocal_det.data.issue_types import ISSUE_TYPES
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
 from nonlocal_det.engine.custom_data import flip_map
 
@@ -43,7 +44,7 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-def own_names(content: dict) -> None:
+def rename_classes(content: dict) -> None:
     """Other names, ids with gaps and out of order, nested folders, and no area or iscrowd."""
     ids = dict(zip((1, 2, 3), NAMES))
     content["categories"] = [{"id": i, "name": NAMES[i]} for i in reversed(NAMES)]
@@ -66,43 +67,43 @@ def five_keypoints(content: dict) -> None:
 
 
 @pytest.fixture()
-def own(tmp_path: Path) -> Path:
-    """A folder with train.json and val.json, their pictures in train/ and val/."""
+def custom(tmp_path: Path) -> Path:
+    """A folder with train.json and val.json, and their images in train/ and val/."""
     for split, count in (("train", 6), ("val", 4)):
         write_dataset(str(tmp_path), split, count)
         Path(annotation_file(str(tmp_path), split)).rename(tmp_path / f"{split}.json")
-        for picture in sorted(Path(image_root(str(tmp_path), split)).iterdir()):
-            day = picture.parent / f"day{int(picture.stem) % 2}"
+        for image in sorted(Path(image_root(str(tmp_path), split)).iterdir()):
+            day = image.parent / f"day{int(image.stem) % 2}"
             day.mkdir(exist_ok=True)
-            picture.rename(day / picture.name)
-        edit(tmp_path / f"{split}.json", own_names)
+            image.rename(day / image.name)
+        edit(tmp_path / f"{split}.json", rename_classes)
     return tmp_path
 
 
-def files(own: Path, *splits: str) -> list[object]:
+def files(custom: Path, *splits: str) -> list[object]:
     flags = [
-        (f"--{s}-json", own / f"{s}.json", f"--{s}-images", own / s)
+        (f"--{s}-json", custom / f"{s}.json", f"--{s}-images", custom / s)
         for s in splits or ("train", "val")
     ]
     return [argument for given in flags for argument in given]
 
 
-def found(report) -> dict[str, int]:
-    return {finding.kind: finding.count for finding in report.findings}
+def issues_of(report) -> dict[str, int]:
+    return {issue.type: issue.count for issue in report.issues}
 
 
-def test_training_and_evaluating_on_ones_own_data(own: Path) -> None:
+def test_training_and_evaluating_on_custom_datasets(custom: Path) -> None:
     def damage(content: dict) -> None:
         content["annotations"][0]["bbox"][2] = 0
         content["images"][5]["file_name"] = "gone.png"
 
-    edit(own / "train.json", damage)
-    output = own / "output"
-    done = train_net("--config-file", LAMPS, *files(own), *SMALL, "OUTPUT_DIR", output)
-    assert "boxes without width or height" in done.stdout and "gone.png" in done.stdout
-    # What was left out is not trained on, and the user's file is as it was.
-    used = json.loads((output / "datasets" / "own_train.json").read_text())
-    given = json.loads((own / "train.json").read_text())
+    edit(custom / "train.json", damage)
+    output = custom / "output"
+    done = train_net("--config-file", LAMPS, *files(custom), *SMALL, "OUTPUT_DIR", output)
+    assert "boxes without positive width and height" in done.stdout and "gone.png" in done.stdout
+    # Removed entries are not trained on, and the user's file is unchanged.
+    used = json.loads((output / "datasets" / "custom_train.json").read_text())
+    given = json.loads((custom / "train.json").read_text())
     lost = {a["id"] for a in given["annotations"] if a["image_id"] == 6} | {1}
     assert {a["id"] for a in given["annotations"]} - {a["id"] for a in used["annotations"]} == lost
     assert len(used["images"]) == 5 and "Loaded 5 images" in done.stdout
@@ -114,53 +115,55 @@ def test_training_and_evaluating_on_ones_own_data(own: Path) -> None:
     results = json.loads((output / "inference" / "coco_instances_results.json").read_text())
     assert results and {result["category_id"] for result in results} <= set(NAMES)
 
-    again = ("MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", own / "again")
-    train_net("--config-file", LAMPS, "--eval-only", *files(own, "val"), *SMALL, *again)
+    again = ("MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", custom / "again")
+    train_net("--config-file", LAMPS, "--eval-only", *files(custom, "val"), *SMALL, *again)
     name = Path("inference") / "coco_instances_results.json"
-    assert json.loads((own / "again" / name).read_text()) == results
+    assert json.loads((custom / "again" / name).read_text()) == results
 
 
-def test_keypoints_come_from_the_file(own: Path) -> None:
+def test_keypoints_come_from_the_file(custom: Path) -> None:
     for split in ("train", "val"):
-        edit(own / f"{split}.json", five_keypoints)
+        edit(custom / f"{split}.json", five_keypoints)
     head = ("MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "[8]")
-    options = (*SMALL, *head, "MODEL.MASK_ON", "False", "OUTPUT_DIR", own / "output")
-    done = train_net("--config-file", LAMPS, *files(own), *options)
+    options = (*SMALL, *head, "MODEL.MASK_ON", "False", "OUTPUT_DIR", custom / "output")
+    done = train_net("--config-file", LAMPS, *files(custom), *options)
     assert "TEST.KEYPOINT_OKS_SIGMAS [0.067, 0.067, 0.067, 0.067, 0.067]" in done.stdout
-    weights = torch.load(own / "output" / "model_final.pth", weights_only=True)["model"]
+    weights = torch.load(custom / "output" / "model_final.pth", weights_only=True)["model"]
     assert weights["roi_heads.keypoint_head.score_lowres.weight"].shape[1] == 5
-    row = json.loads((own / "output" / "metrics.json").read_text().splitlines()[-1])
+    row = json.loads((custom / "output" / "metrics.json").read_text().splitlines()[-1])
     assert "keypoints/AP" in row
 
 
-def test_without_masks_boxes_are_learned(own: Path) -> None:
+def test_without_masks_boxes_are_learned(custom: Path) -> None:
     for split in ("train", "val"):
-        edit(own / f"{split}.json", lambda c: [a.pop("segmentation") for a in c["annotations"]])
-    done = train_net("--config-file", LAMPS, *files(own), *SMALL, "OUTPUT_DIR", own / "output")
+        edit(custom / f"{split}.json", lambda c: [a.pop("segmentation") for a in c["annotations"]])
+    done = train_net(
+        "--config-file", LAMPS, *files(custom), *SMALL, "OUTPUT_DIR", custom / "output"
+    )
     assert "MODEL.MASK_ON False" in done.stdout
-    row = json.loads((own / "output" / "metrics.json").read_text().splitlines()[-1])
+    row = json.loads((custom / "output" / "metrics.json").read_text().splitlines()[-1])
     assert "bbox/AP" in row and "segm/AP" not in row
 
 
-def test_check_alone_writes_nothing(own: Path) -> None:
-    before = sorted(own.rglob("*"))
-    output = ("OUTPUT_DIR", own / "output")
-    done = train_net("--check", "--config-file", LAMPS, *files(own), *output)
+def test_check_data_writes_nothing(custom: Path) -> None:
+    before = sorted(custom.rglob("*"))
+    output = ("OUTPUT_DIR", custom / "output")
+    done = train_net("--check-data", "--config-file", LAMPS, *files(custom), *output)
     assert "6 images" in done.stdout and "3 classes (lemon, sea, plum)" in done.stdout
     assert done.stdout.endswith("The data can be used.\n")
-    assert sorted(own.rglob("*")) == before
+    assert sorted(custom.rglob("*")) == before
 
 
-def test_a_good_dataset_has_no_findings(tmp_path: Path) -> None:
+def test_a_valid_dataset_has_no_issues(tmp_path: Path) -> None:
     write_dataset(str(tmp_path), "train", 8)
     report = validate_coco(
         annotation_file(str(tmp_path), "train"), image_root(str(tmp_path), "train")
     )
-    assert not report.findings and not report.changed
-    assert len(report.content["images"]) == 8 and report.classes == ["amber", "teal", "violet"]
+    assert not report.issues and not report.is_modified
+    assert len(report.dataset["images"]) == 8 and report.classes == ["amber", "teal", "violet"]
 
 
-def test_everything_wrong_is_reported_at_once(own: Path) -> None:
+def test_everything_wrong_is_reported_at_once(custom: Path) -> None:
     def damage(content: dict) -> None:
         first, second, third, fourth, *_ = content["annotations"]
         first["bbox"] = [0, 0, -5, 5]
@@ -171,8 +174,8 @@ def test_everything_wrong_is_reported_at_once(own: Path) -> None:
         content["images"][0]["width"] += 1
         content["images"].append(dict(content["images"][1]))
 
-    edit(own / "train.json", damage)
-    counts = found(validate_coco(str(own / "train.json"), str(own / "train")))
+    edit(custom / "train.json", damage)
+    counts = issues_of(validate_coco(str(custom / "train.json"), str(custom / "train")))
     assert counts.items() >= {
         ("empty_box", 1),
         ("bad_polygon", 1),
@@ -185,30 +188,34 @@ def test_everything_wrong_is_reported_at_once(own: Path) -> None:
     }
 
 
-def test_a_polygon_that_is_none_leaves_the_others(own: Path) -> None:
+def test_an_invalid_polygon_leaves_the_others(custom: Path) -> None:
     def damage(content: dict) -> None:
         content["annotations"][0]["segmentation"].append([1, 2, 3, 4])
 
-    edit(own / "train.json", damage)
-    report = validate_coco(str(own / "train.json"), str(own / "train"))
-    assert found(report)["bad_polygon"] == 1
-    assert [len(report.content["annotations"][0]["segmentation"]), report.changed] == [1, True]
+    edit(custom / "train.json", damage)
+    report = validate_coco(str(custom / "train.json"), str(custom / "train"))
+    assert issues_of(report)["bad_polygon"] == 1
+    assert [len(report.dataset["annotations"][0]["segmentation"]), report.is_modified] == [1, True]
 
 
-def test_sets_are_compared(own: Path) -> None:
-    train, val = (validate_coco(str(own / f"{s}.json"), str(own / s)) for s in ("train", "val"))
+def test_sets_are_compared(custom: Path) -> None:
+    train, val = (
+        validate_coco(str(custom / f"{s}.json"), str(custom / s)) for s in ("train", "val")
+    )
     compare_splits(train, val)
-    assert "shared_image" not in found(val)  # of the same names, in another folder
+    assert "shared_image" not in issues_of(val)  # of the same names, in another folder
     compare_splits(train, train)
-    assert found(train)["shared_image"] == 6
-    edit(own / "val.json", lambda content: content["categories"].pop())
-    val = validate_coco(str(own / "val.json"), str(own / "val"))
+    assert issues_of(train)["shared_image"] == 6
+    edit(custom / "val.json", lambda content: content["categories"].pop())
+    val = validate_coco(str(custom / "val.json"), str(custom / "val"))
     compare_splits(train, val)
-    assert val.fatal and "only training has lemon" in str(val)
+    assert val.has_errors and "only training has lemon" in str(val)
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(1, (60, 40)), (3, (60, 40)), (6, (40, 60))])
-def test_sizes_are_those_seen(tmp_path: Path, orientation: int, size: tuple[int, int]) -> None:
+def test_sizes_are_those_after_exif_rotation(
+    tmp_path: Path, orientation: int, size: tuple[int, int]
+) -> None:
     image = Image.new("RGB", (60, 40))
     exif = image.getexif()
     exif[0x0112] = orientation
@@ -216,13 +223,13 @@ def test_sizes_are_those_seen(tmp_path: Path, orientation: int, size: tuple[int,
     assert image_size(str(tmp_path / "a.jpg")) == size
 
 
-def test_left_and_right_change_places() -> None:
+def test_left_and_right_keypoints_are_swapped() -> None:
     names = ["nose", "left_eye", "right_eye", "Left-Ear", "Right-Ear", "left_wing"]
     assert flip_map(names) == [("left_eye", "right_eye"), ("Left-Ear", "Right-Ear")]
 
 
-def test_the_manual_lists_every_kind() -> None:
-    """docs/custom_datasets.md says of each kind what this code does."""
-    manual = (PROJECT / "docs" / "data.md").read_text()
+def test_the_manual_lists_every_issue_type() -> None:
+    """docs/custom_datasets.md gives each issue type with its severity."""
+    manual = (PROJECT / "docs" / "custom_datasets.md").read_text()
     rows = set(re.findall(r"^\| (.+?) \| (.+?) \|", manual, flags=re.MULTILINE))
-    assert {(kind.what, kind.severity) for kind in KINDS.values()} <= rows
+    assert {(issue.message, issue.severity) for issue in ISSUE_TYPES.values()} <= rows

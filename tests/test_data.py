@@ -1,4 +1,4 @@
-"""The lamps dataset: what is drawn, what is written, and what detectron2 makes of it."""
+"""The lamps dataset: the rendered images, the files, and how detectron2 reads them."""
 
 import dataclasses
 import importlib
@@ -34,7 +34,7 @@ FEW = {"train": 3, "val": 2}
 
 
 def _files(folder):
-    """Returns the bytes of every file below a folder, by relative path."""
+    """Return the bytes of every file below a folder, by relative path."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -46,24 +46,24 @@ def _read_json(path):
     return json.loads(path.read_text())
 
 
-def _draw(index, **kwargs):
+def _render(index, **kwargs):
     return render_image(image_rng(0, "test", index), **kwargs)
 
 
-# ---- the drawing
+# ---- rendering
 
 
 @pytest.mark.parametrize("index", range(20))
 def test_category_does_not_show_in_the_objects(index):
-    pictures, instances, lamps = zip(*(_draw(index, color=c) for c in range(len(LAMP_COLORS))))
+    images, instances, lamps = zip(*(_render(index, color=c) for c in range(len(LAMP_COLORS))))
     reach = LampsParams().halo * lamps[0].radius
-    y, x = np.mgrid[: pictures[0].shape[0], : pictures[0].shape[1]] + 0.5
+    y, x = np.mgrid[: images[0].shape[0], : images[0].shape[1]] + 0.5
     far = np.hypot(x - lamps[0].center[0], y - lamps[0].center[1]) >= reach
     in_lamp = np.hypot(x - lamps[0].center[0], y - lamps[0].center[1]) < lamps[0].radius - 1
     for category in (1, 2):
-        np.testing.assert_array_equal(pictures[category][far], pictures[0][far])
+        np.testing.assert_array_equal(images[category][far], images[0][far])
         # The lamp itself differs, everywhere: the cue is there.
-        assert (pictures[category][in_lamp] != pictures[0][in_lamp]).any(axis=-1).all()
+        assert (images[category][in_lamp] != images[0][in_lamp]).any(axis=-1).all()
         for a, b in zip(instances[0], instances[category]):
             np.testing.assert_array_equal(a.mask, b.mask)
             np.testing.assert_array_equal(a.polygon, b.polygon)
@@ -74,25 +74,25 @@ def test_category_does_not_show_in_the_objects(index):
 def test_lamp_and_categories_agree_and_all_occur():
     seen = []
     for index in range(60):
-        picture, instances, lamp = _draw(index)
+        image, instances, lamp = _render(index)
         seen.append(lamp.color)
         assert {instance.category for instance in instances} == {lamp.color}
-        # The rim's colour: beside the highlight, yet inside the edge.
+        # The rim's color: outside the highlight, yet inside the edge.
         x, y = lamp.center[0] + 0.85 * lamp.radius, lamp.center[1]
-        rim = picture[int(y), int(x)].astype(int)
+        rim = image[int(y), int(x)].astype(int)
         distances = [np.abs(rim - color).sum() for color in LAMP_COLORS.values()]
         assert np.argmin(distances) == lamp.color
-    # 60 draws of 3 categories: each has 20 on average, and fewer than 8 once in a thousand times.
+    # 60 samples of 3 categories: each has 20 on average, and fewer than 8 once in a thousand times.
     assert min(seen.count(category) for category in range(3)) >= 8
 
 
-def test_masks_are_disjoint_and_show_one_flat_colour():
+def test_masks_are_disjoint_and_show_one_flat_color():
     for index in range(20):
-        picture, instances, _ = _draw(index)
+        image, instances, _ = _render(index)
         assert np.sum([instance.mask for instance in instances], axis=0).max() == 1
         for instance in instances:
-            # Flat but for the edge: nothing is painted over a shape.
-            colors, counts = np.unique(picture[instance.mask], axis=0, return_counts=True)
+            # Flat except for the edge: nothing is painted over a shape.
+            colors, counts = np.unique(image[instance.mask], axis=0, return_counts=True)
             assert counts.max() > 0.7 * counts.sum(), (index, colors, counts)
 
 
@@ -111,11 +111,11 @@ def test_signed_distance_of_a_notched_square():
             np.testing.assert_allclose(distance, expected, err_msg=f"at {x, y}")
 
 
-def test_params_bound_what_is_drawn():
+def test_params_bound_the_image():
     params = LampsParams(side=(200, 240), num_shapes=(6, 7), shape_size=(30, 40))
     for index in range(5):
-        picture, instances, lamp = _draw(index, params=params)
-        assert all(200 <= side <= 240 for side in picture.shape[:2])
+        image, instances, lamp = _render(index, params=params)
+        assert all(200 <= side <= 240 for side in image.shape[:2])
         assert 6 <= len(instances) <= 7
         assert params.lamp_size[0] <= 2 * lamp.radius <= params.lamp_size[1]
         for instance in instances:
@@ -127,21 +127,21 @@ def test_params_bound_what_is_drawn():
     "change, message",
     [
         ({"side": (160, 112)}, "side"),  # high below low
-        ({"num_shapes": (0, 3)}, "num_shapes"),  # a picture without shapes
+        ({"num_shapes": (0, 3)}, "num_shapes"),  # an image without shapes
         ({"halo": 0.5}, "halo"),  # glow smaller than its lamp
-        ({"gap": 0.0}, "gap"),  # edges of neighbours would mix
+        ({"gap": 0.0}, "gap"),  # edges of neighbors would mix
     ],
 )
-def test_bad_params_are_refused(change, message):
+def test_bad_params_are_rejected(change, message):
     with pytest.raises(ValueError, match=message):
         LampsParams(**change)
 
 
-def test_impossible_pictures_are_refused():
+def test_impossible_images_are_rejected():
     with pytest.raises(ValueError, match="found no room for 40 shapes"):
-        _draw(0, params=LampsParams(num_shapes=(40, 40)))
+        _render(0, params=LampsParams(num_shapes=(40, 40)))
     with pytest.raises(ValueError, match="amber"):
-        _draw(0, color=3)
+        _render(0, color=3)
 
 
 # ---- the files
@@ -156,7 +156,7 @@ def test_same_seed_same_bytes(tmp_path):
     assert all(a[name] != c[name] for name in a)
 
 
-def test_more_pictures_or_another_split_leave_the_first_as_they_are(tmp_path):
+def test_more_images_or_another_split_leave_the_first_unchanged(tmp_path):
     write_dataset(str(tmp_path / "few"), "val", 2)
     write_dataset(str(tmp_path / "many"), "val", 4)
     write_dataset(str(tmp_path / "many"), "train", 2)
@@ -168,7 +168,7 @@ def test_more_pictures_or_another_split_leave_the_first_as_they_are(tmp_path):
     assert first["annotations"] == second["annotations"][: len(first["annotations"])]
 
 
-def test_annotations_describe_the_pictures(tmp_path):
+def test_annotations_describe_the_images(tmp_path):
     write_dataset(str(tmp_path), "val", 30, seed=5)
     content = _read_json(tmp_path / "annotations" / "instances_val.json")
     by_image = {image["id"]: [] for image in content["images"]}
@@ -181,11 +181,11 @@ def test_annotations_describe_the_pictures(tmp_path):
     ious = []
     for image in content["images"]:
         size = image["height"], image["width"]
-        # The recorded seed alone is enough to draw the picture again.
-        picture, instances, lamp = render_image(image_rng(*image["seed"]))
+        # The recorded seed alone is enough to render the image again.
+        rendered, instances, lamp = render_image(image_rng(*image["seed"]))
         stored = Image.open(tmp_path / "val" / image["file_name"])
-        np.testing.assert_array_equal(np.asarray(stored), picture)
-        assert picture.shape == (*size, 3)
+        np.testing.assert_array_equal(np.asarray(stored), rendered)
+        assert rendered.shape == (*size, 3)
         assert image["cue_xy"] == pytest.approx(lamp.center, abs=0.006)
         assert 2 <= len(by_image[image["id"]]) == len(instances) <= 5
 
@@ -222,9 +222,9 @@ def test_annotations_hold_no_path_and_no_date(tmp_path):
 # ---- writing on the first use
 
 
-def test_the_dataset_appears_whole_and_once(tmp_path, monkeypatch):
+def test_the_dataset_appears_complete_and_once(tmp_path, monkeypatch):
     folder = tmp_path / "lamps"
-    (tmp_path / ".lamps-killed" / "lamps" / "train").mkdir(parents=True)  # an old writer's remains
+    (tmp_path / ".lamps-killed" / "lamps" / "train").mkdir(parents=True)  # left by a killed process
     ensure_dataset(str(folder), FEW)
     written = _files(folder)
     assert len(written) == 3 + 2 + 2
@@ -308,10 +308,10 @@ def _join(processes, exit_code):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"seed": 1},  # other pictures
+        {"seed": 1},  # other images
         {"splits": {"train": 4, "val": 2}},  # more of them
         {"splits": {"train": 3, "val": 2, "test": 1}},  # a split that is not there
-        {"params": LampsParams(halo=2.0)},  # other looks
+        {"params": LampsParams(halo=2.0)},  # other parameters
     ],
 )
 def test_another_dataset_is_neither_used_nor_overwritten(tmp_path, settings):
@@ -361,7 +361,7 @@ def registered(tmp_path):
 
 @pytest.fixture(scope="module")
 def written_root(tmp_path_factory):
-    """A registered root with the whole dataset, drawn once."""
+    """A registered root with the complete dataset, generated once."""
     root = tmp_path_factory.mktemp("root")
     register_lamps(str(root))
     ensure_dataset(str(root / "lamps"))
@@ -371,7 +371,7 @@ def written_root(tmp_path_factory):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Lets the registered dataset have few pictures."""
+    """Let the registered dataset have few images."""
     monkeypatch.setattr(
         nonlocal_det.data.builtin,
         "ensure_dataset",
@@ -417,7 +417,7 @@ def test_first_use_writes_both_splits(registered, few, first_use):
         assert len(DatasetCatalog.get(f"lamps_{split}")) == count
 
 
-def test_the_control_has_the_same_pictures_under_other_names(registered, few):
+def test_the_control_has_the_same_images_with_other_categories(registered, few):
     for name in ("lamps_long_val", "outlines_long_val"):
         DatasetCatalog.get(name)
     lamps, outlines = (_files(registered / name) for name in ("lamps_long", "outlines_long"))
@@ -431,19 +431,19 @@ def test_the_control_has_the_same_pictures_under_other_names(registered, few):
     assert MetadataCatalog.get("outlines_long_val").thing_classes == ["round", "pointed", "square"]
 
 
-def test_outlines_decide_where_they_are_said_to():
+def test_outlines_decide_the_category_of_the_control():
     """Corners of the polygon: a category has its own numbers of them, and all categories occur."""
     params = DATASETS["outlines_long"].params
     corners = {0: set(), 1: set(), 2: set()}
     for index in range(60):
-        for instance in _draw(index, params=params)[1]:
+        for instance in _render(index, params=params)[1]:
             corners[instance.category].add(len(instance.polygon))
     assert corners == {0: {40, 30}, 1: {15, 50}, 2: {20, 60}}
 
 
-def test_the_lamp_is_the_last_object_where_it_counts():
+def test_the_lamp_is_the_last_object_if_annotated():
     for name in ("lamps_long", "outlines_long"):
-        picture, instances, lamp = _draw(3, params=DATASETS[name].params)
+        image, instances, lamp = _render(3, params=DATASETS[name].params)
         assert instances[-1].category == (lamp.color if name == "lamps_long" else 0)
         y, x = np.nonzero(instances[-1].mask)
         assert (x.mean() + 0.5, y.mean() + 0.5) == pytest.approx(lamp.center, abs=0.1)
@@ -451,11 +451,11 @@ def test_the_lamp_is_the_last_object_where_it_counts():
         annotation = lamps_coco._annotation(instances[-1], lamp)
         assert annotation["cue_distance"] < 0.05
     without = dataclasses.replace(DATASETS["lamps_long"].params, lamp_counts=False)
-    same, fewer, _ = _draw(3, params=without)
-    assert (same == picture).all() and len(fewer) == len(instances) - 1
+    same, fewer, _ = _render(3, params=without)
+    assert (same == image).all() and len(fewer) == len(instances) - 1
 
 
-def test_loader_reads_the_whole_dataset(written_root):
+def test_loader_reads_the_complete_dataset(written_root):
     for split, count in (("train", 400), ("val", 100)):
         dicts = DatasetCatalog.get(f"lamps_{split}")
         assert len(dicts) == count

@@ -1,10 +1,11 @@
-"""COCO's measures: the fast ones are pycocotools', and the files say the same.
+"""COCO metrics: faster-coco-eval's are pycocotools', and the files hold them.
 
-Detections are made from the objects of real COCO pictures and of lamps: shifted, missed, doubled,
-of another class, and with scores that tie.
+Detections are made from the objects of real COCO images and of lamps: shifted, missed, doubled,
+of another class, and with tied scores.
 
-Tried by hand, and seen to fail: one IoU, or the classes without objects, left out of the fast
-evaluation; crowds counted as objects; AP50's column at .75; a figure without its first class.
+Mutations tried by hand; each makes at least one test here fail: one IoU, or the classes without
+objects, left out of the fast evaluation; crowds counted as objects; AP50's column at .75; a figure
+without its first class.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from detectron2.evaluation import coco_evaluation
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny_training import DATASET, Place
+from tiny_training import DATASET, Workspace
 
 from nonlocal_det import add_nonlocal_config
 from nonlocal_det.data import LampsParams, write_dataset
@@ -77,7 +78,7 @@ def made_detections(truth, task, seed=0):
 
 
 def measured(kind, truth, detections, task):
-    truth = copy.deepcopy(truth)  # an evaluation leaves marks in it
+    truth = copy.deepcopy(truth)  # an evaluation changes it
     evaluation = kind(truth, quietly(truth.loadRes, copy.deepcopy(detections)), task)
     quietly(evaluation.evaluate)
     quietly(evaluation.accumulate)
@@ -85,7 +86,7 @@ def measured(kind, truth, detections, task):
     return evaluation
 
 
-def assert_equal_measures(truth, task, detections):
+def assert_equal_metrics(truth, task, detections):
     official = measured(COCOeval, truth, detections, task)
     quick = measured(coco_eval_backend.FastCOCOeval, truth, detections, task)
     assert len(quick.stats) == len(official.stats) == (10 if task == "keypoints" else 12)
@@ -112,20 +113,20 @@ def lamps(tmp_path_factory):
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs some COCO 2017 in ../shared/data/coco")
 @pytest.mark.parametrize("task", TASKS)
-def test_fast_measures_are_pycocotools_on_real_coco(task):
+def test_fast_metrics_are_pycocotools_on_real_coco(task):
     start = "person_keypoints" if task == "keypoints" else "instances"
     truth = quietly(COCO, str(REAL / f"{start}_val2017.json"))
     assert any(one["iscrowd"] for one in truth.anns.values())
-    assert_equal_measures(truth, task, made_detections(truth, task))
+    assert_equal_metrics(truth, task, made_detections(truth, task))
 
 
 @pytest.mark.parametrize("task", ("bbox", "segm"))
-def test_fast_measures_are_pycocotools_on_lamps(lamps, task):
-    assert_equal_measures(lamps, task, made_detections(lamps, task))
+def test_fast_metrics_are_pycocotools_on_lamps(lamps, task):
+    assert_equal_metrics(lamps, task, made_detections(lamps, task))
 
 
 def evaluated(lamps, detections, folder, **options):
-    """The evaluator's results on made detections, and the class that measured."""
+    """The evaluator's results on made detections, and the COCOeval class that it used."""
     kinds = []
 
     class Evaluator(ReportingCOCOEvaluator):
@@ -165,8 +166,8 @@ def test_the_evaluator_is_quick_and_gives_detectron2s_results(lamps, tmp_path):
             assert float(row["AP"]) == pytest.approx(official[task][f"AP-{row['class']}"], abs=1e-3)
         mean = np.mean([float(row["AP50"]) for row in rows])
         assert mean == pytest.approx(official[task]["AP50"], abs=1e-3)
-        picture = tmp_path / "quick" / f"evaluated_lamps_{task}_precision_recall.png"
-        assert picture.read_bytes().startswith(b"\x89PNG")
+        figure = tmp_path / "quick" / f"evaluated_lamps_{task}_precision_recall.png"
+        assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_the_fast_package_pycocotools_measures(lamps, tmp_path, monkeypatch):
@@ -175,7 +176,7 @@ def test_without_the_fast_package_pycocotools_measures(lamps, tmp_path, monkeypa
     assert kinds == [getattr(coco_evaluation, "COCOeval_opt", COCOeval)] * 2
 
 
-def test_what_found_nothing_leaves_no_older_files(lamps, tmp_path):
+def test_without_detections_no_older_files_remain(lamps, tmp_path):
     evaluated(lamps, made_detections(lamps, "segm"), tmp_path)
     evaluated(lamps, [], tmp_path)
     assert not list(tmp_path.glob("*bbox_*"))
@@ -204,7 +205,7 @@ def by_hand():
 
 @pytest.mark.parametrize("kind", (COCOeval, coco_eval_backend.FastCOCOeval))
 def test_table_by_hand(by_hand, kind):
-    # Object 1 is found whole, object 2 not, 4 with an IoU of 0.6: at .50, .55 and .60.
+    # Object 1 is detected exactly, object 2 not, 4 with an IoU of 0.6: at .50, .55 and .60.
     found = [(1, [0, 0, 10, 10]), (3, [0, 60, 10, 6])]
     detections = [{"image_id": 1, "category_id": k, "bbox": box, "score": 0.9} for k, box in found]
     table = per_class_results(measured(kind, by_hand, detections, "bbox"))
@@ -220,18 +221,18 @@ def test_table_by_hand(by_hand, kind):
 def test_table_of_keypoints_counts_objects_that_have_some(by_hand, kind):
     detections = [{"image_id": 1, "category_id": 1, "keypoints": [1, 1, 2] * 17, "score": 0.9}]
     table = per_class_results(measured(kind, by_hand, detections, "keypoints"))
-    assert [row.objects for row in table] == [1, 0, 1]
+    assert [row.num_objects for row in table] == [1, 0, 1]
     assert table[0].ap == pytest.approx(100)
 
 
 @pytest.mark.parametrize("count", (1, 3, 80))
-def test_curves_are_what_was_measured(count):
+def test_curves_show_the_evaluation(count):
     rng = np.random.default_rng(0)
     params = SimpleNamespace(
         iouThrs=np.linspace(0.5, 0.95, 10), recThrs=np.linspace(0, 1, 101), iouType="bbox"
     )
     precision = -np.sort(-rng.random((10, 101, count)), axis=1)
-    empty = -np.ones((10, 101, 1))  # a class without objects is not drawn
+    empty = -np.ones((10, 101, 1))  # a class without objects is not plotted
     names = [f"class {k}" for k in range(count)]
     figure = precision_recall_figure(
         [*names, "empty"], np.concatenate([precision, empty], axis=2), params
@@ -256,8 +257,8 @@ def test_trainer_evaluates_by_it(lamps, tmp_path):
 @pytest.mark.long
 def test_augmentation_evaluates_boxes_and_masks(tmp_path):
     augmented = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(40,56)", "TEST.AUG.FLIP", True)
-    place = Place(tmp_path)
-    place.train(
+    workspace = Workspace(tmp_path)
+    workspace.train(
         "out",
         "--eval-only",
         *("DATASETS.TEST", f"('{DATASET}',)", "INPUT.MIN_SIZE_TEST", 48),

@@ -1,13 +1,13 @@
-"""Many processes, over gloo: real ones, by torchrun and by detectron2's flags.
+"""Distributed training over gloo, with real processes, by torchrun and by detectron2's flags.
 
-Tried by hand, and seen to fail: the statistics of one process in place of those of all.
+Mutations tried by hand; each makes at least one test here fail: the statistics of one process in
+place of those of all.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from ddp_gradients import assert_gradients_agree, distance, one_step
-from detectron2.engine import default_argument_parser
 from test_train import LAMPS, PROJECT, SMALL, train_net
 
+from nonlocal_det.cli.train import main
 from nonlocal_det.data import register_lamps
 
 CONFIG = ("--config-file", str(PROJECT / "configs" / LAMPS))
@@ -50,7 +50,7 @@ def output_of(process):
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
-    """What one step gives in two processes, with half of the pictures each."""
+    """The result of one iteration in two processes, with half of the images each."""
     file = tmp_path_factory.mktemp("halves") / "steps.pth"
     cases = (":1:", "GN:1:", "SyncBN:1:", ":2:", "SyncBN:1:bfloat16")
     output_of(start("tests/ddp_gradients.py", file, *cases, by=BY_TORCHRUN))
@@ -60,7 +60,7 @@ def halves(tmp_path_factory):
 @pytest.mark.parametrize(
     ("case", "norm"),
     [(":1:", ""), ("GN:1:", "GN"), ("SyncBN:1:", "BN"), (":2:", "")],
-    ids=["no norm", "GN", "SyncBN", "two passes each"],
+    ids=["no norm", "GN", "SyncBN", "two micro-batches each"],
 )
 def test_two_processes_give_the_gradients_of_one(halves, case, norm):
     whole = one_step(norm)
@@ -82,7 +82,7 @@ def datasets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, datasets):
-    """A run of two processes with two passes each; nothing reads one of its FPN's levels."""
+    """A run of two processes with two micro-batches each; one output of its FPN is unused."""
     output = tmp_path_factory.mktemp("trained")
     arguments = (*CONFIG, *RUN, "OUTPUT_DIR", output)
     process = start("tools/train_net.py", *arguments, by=BY_TORCHRUN, datasets=datasets)
@@ -94,7 +94,7 @@ def results(folder):
     return (folder / "inference" / "coco_instances_results.json").read_text()
 
 
-def test_a_run_leaves_one_model_and_a_log_of_each_process(trained):
+def test_a_run_writes_one_model_and_a_log_of_each_rank(trained):
     names = {path.name for path in trained.iterdir()}
     assert {"model_final.pth", "metrics.json", "log.txt", "log.txt.rank1"} <= names
     assert "Rank of current process: 1. World size: 2" in (trained / "log.txt.rank1").read_text()
@@ -138,7 +138,7 @@ def test_a_killed_process_ends_the_others(trained, datasets):
 
 
 def children_of(pid):
-    """As each process says of itself; not every kernel lists them."""
+    """By the parent that each process reports; not every kernel lists children."""
     children = []
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -175,19 +175,17 @@ def command_of(pid):
         ),
     ],
 )
-def test_what_cannot_be_run_is_said_in_one_sentence(flags, options, said, datasets, tmp_path):
+def test_what_cannot_run_exits_with_a_one_line_error(flags, options, said, datasets, tmp_path):
     """In this process, for speed; nothing has started and nothing is written."""
-    script = runpy.run_path(str(PROJECT / "tools" / "train_net.py"))
     register_lamps(str(datasets))
     batch = ("SOLVER.IMS_PER_BATCH", "4", "OUTPUT_DIR", str(tmp_path / "output"))
-    arguments = default_argument_parser().parse_args([*CONFIG, *flags, *batch, *options])
     with pytest.raises(SystemExit) as stop:
-        script["main"](arguments)
+        main([*CONFIG, *flags, *batch, *options])
     assert all(part in str(stop.value) for part in said), stop.value
     assert "\n" not in str(stop.value) and not (tmp_path / "output").exists()
 
 
-def test_a_wrong_key_is_said_once_for_all_processes(datasets):
+def test_a_bad_key_is_reported_once_for_all_processes(datasets):
     flags = ("--num-gpus", 2, "--dist-url", "auto", "MODEL.DEVICE", "cpu", "SOLVER.AMP.DTIPE", "x")
     run = start("tools/train_net.py", *CONFIG, *flags, datasets=datasets)
     printed, _ = run.communicate(timeout=600)

@@ -1,8 +1,8 @@
-"""LazyConfigs, and backbones of other kinds than a ResNet.
+"""LazyConfigs, and backbones other than a ResNet.
 
-Broken by hand to see a test fail, each of these failed at least one test here:
-a second block that silently replaces one after the same output; the index of an output ignored;
-wrapping a builder that takes blocks itself; a lazy layout other than its YAML's.
+Mutations tried by hand; each makes at least one test here fail: a second block that silently
+replaces one after the same output; the index of an output ignored; wrapping a builder that takes
+blocks itself; a lazy layout other than its YAML's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LAZY = sorted((ROOT / "configs" / "lazy").glob("*.py"))
 
 
 def tiny_lazy(path):
-    """A LazyConfig's model, saturating_cast, sampling little; and with anchors for every level."""
+    """A LazyConfig's model, narrow, with few samples and with anchors for every level."""
     model = LazyConfig.load(str(path)).model
     model.backbone.out_channels = 32
     model.proposal_generator.head.in_channels = 32
@@ -161,7 +161,7 @@ def test_training_resuming_and_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize(("split", "flags"), [("train", ()), ("val", ("--eval-only",))])
-def test_a_picture_that_cannot_be_read_is_named(split, flags, tmp_path):
+def test_an_image_that_cannot_be_loaded_is_named(split, flags, tmp_path):
     ensure_dataset(str(tmp_path / "lamps"))
     for path in (tmp_path / "lamps" / split).iterdir():
         path.write_bytes(path.read_bytes()[:200])
@@ -184,14 +184,14 @@ def test_a_picture_that_cannot_be_read_is_named(split, flags, tmp_path):
         (CONFIG, ["coco_2017_train", "DETECTRON2_DATASETS"]),
     ],
 )
-def test_wrong_input_ends_with_one_sentence(arguments, said, tmp_path):
+def test_bad_input_exits_with_a_one_line_error(arguments, said, tmp_path):
     done = run_tool(tmp_path, *arguments, f"train.output_dir={tmp_path / 'output'}", fails=True)
     assert "Traceback" not in done.stderr
     assert all(part in done.stderr.strip().splitlines()[-1] for part in said)
     assert not (tmp_path / "output").exists()
 
 
-def test_a_position_that_is_wrong_ends_with_one_sentence(tmp_path):
+def test_a_bad_position_exits_with_a_one_line_error(tmp_path):
     output = f"train.output_dir={tmp_path / 'output'}"
     wrong = "model.backbone.bottom_up.positions=['res4[9]']"
     done = run_tool(tmp_path, *CONFIG, *SHORT, output, wrong, fails=True)
@@ -231,17 +231,17 @@ def test_blocks_after_the_outputs_of_any_backbone(name):
     assert insert_after_outputs(model, positions, nonlocal_block_factory(NORM="")) is model
     assert names_without_blocks(model) == list(stock.state_dict())
     assert list(blocks_of(model)) == [f"non_local.{name}" for name in positions]
-    picture = torch.rand(2, 3, 64, 96)
+    image = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
-        expected = stock(picture)
-        assert_same(model(picture), expected)
+        expected = stock(image)
+        assert_same(model(image), expected)
         wake(model)
-        changed = {k for k, v in model(picture).items() if not torch.equal(v, expected[k])}
+        changed = {k for k, v in model(image).items() if not torch.equal(v, expected[k])}
         # A block changes its own output and no other.
         assert changed == set(positions)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert_same(other(picture), model(picture))
-    sum(output.sum() for output in model(picture).values()).backward()
+            assert_same(other(image), model(image))
+    sum(output.sum() for output in model(image).values()).backward()
     assert all(
         p.grad is not None for block in blocks_of(model).values() for p in block.parameters()
     )

@@ -1,7 +1,7 @@
 """Stopping and resuming, with real runs of tools/train_net.py that are really killed.
 
-Tried by hand, and seen to fail: steps that draw on from one random state; checkpoints without the
-optimiser, as detectron2 0.5's are.
+Mutations tried by hand; each makes at least one test here fail: iterations that continue one random
+state; checkpoints without the optimizer, as detectron2 0.5's are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import assert_same
-from tiny_training import DATASET, Place
+from tiny_training import DATASET, Workspace
 
 from nonlocal_det.checkpoint.atomic_checkpoint import is_intact
 from nonlocal_det.engine.hooks import truncate_metrics
@@ -32,20 +32,20 @@ KILLS = int(os.environ.get("NONLOCAL_DET_KILLS", 50))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("resume"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture(scope="module")
-def whole(place: Place) -> Place:
-    """The same place, with a run that was never stopped in ``whole``."""
-    place.train("whole", *LONGER)
-    return place
+def whole(workspace: Workspace) -> Workspace:
+    """The same workspace, with a run that was never stopped in ``whole``."""
+    workspace.train("whole", *LONGER)
+    return workspace
 
 
-def state(place: Place, output: str) -> dict[str, torch.Tensor]:
-    """Weights and the optimiser's momentum."""
-    saved = place.checkpoint(output)
+def state(workspace: Workspace, output: str) -> dict[str, torch.Tensor]:
+    """Weights and the optimizer's momentum."""
+    saved = workspace.checkpoint(output)
     momentum = saved["trainer"]["_trainer"]["optimizer"]["state"]
     return {
         **saved["model"],
@@ -54,7 +54,7 @@ def state(place: Place, output: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_gives_the_same_to_the_bit(whole: Place, workers: int) -> None:
+def test_a_resumed_run_is_bit_exact(whole: Workspace, workers: int) -> None:
     """Stopped between two lines of metrics.json, and between two loaded batches."""
     output = f"stopped{workers}"
     options = (*LONGER, "DATALOADER.NUM_WORKERS", workers)
@@ -65,7 +65,7 @@ def test_a_resumed_run_gives_the_same_to_the_bit(whole: Place, workers: int) -> 
     whole.train(output, "--resume", *options)
     assert_same(state(whole, output), state(whole, "whole"))
     assert whole.metrics(output) == whole.metrics("whole")
-    assert [start["resume"] for start in record(whole, output)] == [False, True]
+    assert [start["resume"] for start in run_info(whole, output)] == [False, True]
 
 
 def wait_for(path: Path) -> None:
@@ -76,54 +76,54 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("period", "expected"), [(2, [3, 6]), (3, [2, 6])])
-def test_no_evaluation_is_lost(place: Place, period: int, expected: list[int]) -> None:
+def test_no_evaluation_is_lost(workspace: Workspace, period: int, expected: list[int]) -> None:
     """Neither one that the kill cut short, nor one that was not in metrics.json yet."""
     output = f"evaluated{period}"
     options = ("DATASETS.TEST", [DATASET], "TEST.EVAL_PERIOD", period, "INPUT.MIN_SIZE_TEST", 48)
-    place.train(output, *options)
-    run = place.start(f"{output}cut", *options)
-    wait_for(place.folder / f"{output}cut" / "model_0000003.pth")
+    workspace.train(output, *options)
+    run = workspace.start(f"{output}cut", *options)
+    wait_for(workspace.folder / f"{output}cut" / "model_0000003.pth")
     run.kill()
     run.join()
-    assert not (place.folder / f"{output}cut" / "metrics.json").read_text()
-    place.train(f"{output}cut", "--resume", *options)
-    metrics = place.metrics(f"{output}cut")
+    assert not (workspace.folder / f"{output}cut" / "metrics.json").read_text()
+    workspace.train(f"{output}cut", "--resume", *options)
+    metrics = workspace.metrics(f"{output}cut")
     assert [row["iteration"] for row in metrics if "bbox/AP" in row] == expected
-    assert metrics == place.metrics(output)
+    assert metrics == workspace.metrics(output)
 
 
-def test_without_a_seed_one_is_drawn_and_kept(place: Place) -> None:
+def test_without_a_seed_one_is_sampled_and_kept(workspace: Workspace) -> None:
     rate = ("SOLVER.WARMUP_ITERS", 0)
-    place.train("unseeded", "SEED", -1, "SOLVER.MAX_ITER", 2, *rate)
-    place.train("unseeded", "--resume", "SEED", -1, *rate)
-    seeds = [start["seed"] for start in record(place, "unseeded")]
+    workspace.train("unseeded", "SEED", -1, "SOLVER.MAX_ITER", 2, *rate)
+    workspace.train("unseeded", "--resume", "SEED", -1, *rate)
+    seeds = [start["seed"] for start in run_info(workspace, "unseeded")]
     assert seeds[0] == seeds[1] >= 0
-    assert f"SEED: {seeds[0]}\n" in (place.folder / "unseeded" / "config.yaml").read_text()
-    place.train("seeded", "SEED", seeds[0], *rate)
-    assert_same(state(place, "unseeded"), state(place, "seeded"))
-    place.train("other", "SEED", -1, "SOLVER.MAX_ITER", 1)
-    assert record(place, "other")[0]["seed"] != seeds[0]
+    assert f"SEED: {seeds[0]}\n" in (workspace.folder / "unseeded" / "config.yaml").read_text()
+    workspace.train("seeded", "SEED", seeds[0], *rate)
+    assert_same(state(workspace, "unseeded"), state(workspace, "seeded"))
+    workspace.train("other", "SEED", -1, "SOLVER.MAX_ITER", 1)
+    assert run_info(workspace, "other")[0]["seed"] != seeds[0]
 
 
-def record(place: Place, output: str) -> list[dict[str, Any]]:
-    return json.loads((place.folder / output / "run.json").read_text())
+def run_info(workspace: Workspace, output: str) -> list[dict[str, Any]]:
+    return json.loads((workspace.folder / output / "run.json").read_text())
 
 
-def test_the_record_of_a_run(place: Place) -> None:
-    place.train("recorded", "SOLVER.MAX_ITER", 1)
-    (start,) = record(place, "recorded")
+def test_the_run_info(workspace: Workspace) -> None:
+    workspace.train("recorded", "SOLVER.MAX_ITER", 1)
+    (start,) = run_info(workspace, "recorded")
     assert start["versions"]["torch"] == torch.__version__ and start["processes"] == 1
     assert datetime.fromisoformat(start["started"]).tzinfo and start["machine"]["cpus"]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True)
     if commit.returncode == 0:
         assert start["git"]["nonlocal_det"]["commit"] == commit.stdout.decode().strip()
-    weights = ("MODEL.WEIGHTS", place.folder / "recorded" / "model_final.pth")
-    place.train("recorded", "--eval-only", *weights, "DATASETS.TEST", [DATASET])
-    assert len(record(place, "recorded")) == 1
-    (place.folder / "recorded" / "run.json").write_text("[1")
-    said = place.train("recorded", "--resume", "SEED", -1, fails=True)
-    assert "Traceback" not in said and "run.json is no record" in said
-    assert (place.folder / "recorded" / "run.json").read_text() == "[1"
+    weights = ("MODEL.WEIGHTS", workspace.folder / "recorded" / "model_final.pth")
+    workspace.train("recorded", "--eval-only", *weights, "DATASETS.TEST", [DATASET])
+    assert len(run_info(workspace, "recorded")) == 1
+    (workspace.folder / "recorded" / "run.json").write_text("[1")
+    said = workspace.train("recorded", "--resume", "SEED", -1, fails=True)
+    assert "Traceback" not in said and "run.json is not a valid run.json" in said
+    assert (workspace.folder / "recorded" / "run.json").read_text() == "[1"
 
 
 def test_a_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
@@ -138,23 +138,23 @@ def test_a_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
     assert commit_of(str(tmp_path)) == {"commit": at.stdout.strip(), "dirty": True}
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_newest_whole_one(place: Place) -> None:
-    place.train("damaged")
-    expected, folder = state(place, "damaged"), place.folder / "damaged"
+def test_a_corrupt_checkpoint_gives_way_to_the_newest_valid_one(workspace: Workspace) -> None:
+    workspace.train("damaged")
+    expected, folder = state(workspace, "damaged"), workspace.folder / "damaged"
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     (folder / "model_final.pth").write_bytes((folder / "model_final.pth").read_bytes()[:-1])
     (folder / "model_0000005.pth").unlink()
     (folder / "foreign.pth").write_bytes((folder / "model_0000001.pth").read_bytes())
     (folder / f"0123456789abcdef-model_0000005.pth{TMP_SUFFIX}").write_bytes(b"of a killed run")
-    said = place.train("damaged", "--resume")
+    said = workspace.train("damaged", "--resume")
     assert "Starting training from iteration 4" in said
     assert "model_final.pth, is damaged or missing" in said
-    assert_same(state(place, "damaged"), expected)
+    assert_same(state(workspace, "damaged"), expected)
     assert not list(folder.glob(f"*{TMP_SUFFIX}"))
 
     for path in folder.glob("model_*.pth"):
         path.write_bytes(b"")
-    said = place.train("damaged", "--resume", fails=True)
+    said = workspace.train("damaged", "--resume", fails=True)
     assert "Traceback" not in said and "finds no whole checkpoint" in said
     assert (folder / "model_final.pth").read_bytes() == b""
 
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_newest_whole_one(place: Place) ->
         ((19, 99, 19, 39), 30, 3),
     ],
 )
-def test_metrics_are_cut_where_training_goes_on(
+def test_metrics_are_truncated_where_training_resumes(
     lines: tuple[int, ...], start: int, kept: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "metrics.json"
@@ -182,11 +182,11 @@ def test_metrics_are_cut_where_training_goes_on(
 
 
 @pytest.mark.long
-def test_many_kills_lose_nothing(whole: Place) -> None:
+def test_many_kills_lose_nothing(whole: Workspace) -> None:
     """Killed at random moments, half of them inside the writing of a checkpoint.
 
     The reference was never killed. Whatever the moment, every file with the name of a checkpoint
-    is whole.
+    is valid.
     """
     output, rng = whole.folder / "killed", random.Random(0)
     options = ("--resume", "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER")

@@ -1,6 +1,7 @@
 """Real runs of tools/train_net.py: training, COCO evaluation, resuming; and of tools/demo.py.
 
-Tried by hand, and seen to fail: evaluating without loading the weights; ignoring --resume.
+Mutations tried by hand; each makes at least one test here fail: evaluating without loading the
+weights; ignoring --resume.
 """
 
 from __future__ import annotations

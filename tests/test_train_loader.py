@@ -1,4 +1,4 @@
-"""The order of the pictures and their random draws: of a seed and a place, and nothing else."""
+"""Order and augmentation of the samples: they depend only on seed, rank and sample index."""
 
 from __future__ import annotations
 
@@ -36,54 +36,54 @@ RECORDS = [
 ]
 
 
-def draw(record: dict[str, Any]) -> tuple[int, float, float, float]:
-    """A mapper that gives the picture's index, and draws in each way there is."""
+def sample(record: dict[str, Any]) -> tuple[int, float, float, float]:
+    """A mapper that returns the image's index, and a random number of each generator."""
     return record["index"], random.random(), np.random.rand(), torch.rand(1).item()
 
 
-def stream(**options: Any) -> ResumableTrainLoader:
+def loader(**options: Any) -> ResumableTrainLoader:
     return build_resumable_train_loader(
-        RECORDS, **{"mapper": draw, "total_batch_size": 2, "seed": 3, **options}
+        RECORDS, **{"mapper": sample, "total_batch_size": 2, "seed": 3, **options}
     )
 
 
 def batches(source: ResumableTrainLoader, count: int, start: int = 0) -> list[Any]:
-    source.start = start
+    source.start_batch = start
     return list(itertools.islice(source, count))
 
 
 @pytest.mark.parametrize("grouping", [True, False])
 def test_any_start_and_any_number_of_workers_give_the_same(grouping: bool) -> None:
-    expected = batches(stream(aspect_ratio_grouping=grouping), 50)
+    expected = batches(loader(aspect_ratio_grouping=grouping), 50)
     for start, workers in [(0, 0), (0, 2), (23, 0), (23, 3), (49, 1)]:
-        resumed = stream(aspect_ratio_grouping=grouping, num_workers=workers)
+        resumed = loader(aspect_ratio_grouping=grouping, num_workers=workers)
         assert batches(resumed, 50 - start, start) == expected[start:]
 
 
-def test_another_seed_gives_another_order_and_other_draws() -> None:
-    first, second = batches(stream(), 10), batches(stream(seed=4), 10)
-    assert [[picture[0] for picture in batch] for batch in first] != [
-        [picture[0] for picture in batch] for batch in second
+def test_another_seed_gives_another_order_and_augmentation() -> None:
+    first, second = batches(loader(), 10), batches(loader(seed=4), 10)
+    assert [[image[0] for image in batch] for batch in first] != [
+        [image[0] for image in batch] for batch in second
     ]
     assert not {p[1:] for batch in first for p in batch} & {p[1:] for b in second for p in b}
 
 
-def test_every_picture_draws_for_itself_each_time() -> None:
-    pictures = [picture for batch in batches(stream(), 50) for picture in batch]
+def test_every_sample_has_random_numbers_of_its_own() -> None:
+    images = [image for batch in batches(loader(), 50) for image in batch]
     for kind in (1, 2, 3):
-        assert len({picture[kind] for picture in pictures}) == 100
+        assert len({image[kind] for image in images}) == 100
 
 
-def test_every_picture_comes_once_in_a_round() -> None:
-    order = [p[0] for batch in batches(stream(aspect_ratio_grouping=False), 50) for p in batch]
+def test_every_image_comes_once_per_epoch() -> None:
+    order = [p[0] for batch in batches(loader(aspect_ratio_grouping=False), 50) for p in batch]
     for first in range(0, 100, 20):
         assert sorted(order[first : first + 20]) == list(range(20))
     assert order[:20] != order[20:40]
 
 
 def test_a_batch_is_wide_or_high() -> None:
-    for batch in batches(stream(aspect_ratio_grouping=True), 50):
-        assert len({picture[0] % 3 == 0 for picture in batch}) == 1
+    for batch in batches(loader(aspect_ratio_grouping=True), 50):
+        assert len({image[0] % 3 == 0 for image in batch}) == 1
 
 
 def test_records_without_a_size_are_measured(tmp_path: Path) -> None:
@@ -92,28 +92,28 @@ def test_records_without_a_size_are_measured(tmp_path: Path) -> None:
         path = tmp_path / f"{index}.png"
         Image.new("L", (9 if index % 3 else 5, 7)).save(path)
         records.append({"index": index, "file_name": str(path)})
-    measured = build_resumable_train_loader(records, mapper=draw, total_batch_size=2, seed=3)
-    assert batches(measured, 30) == batches(stream(), 30)
+    measured = build_resumable_train_loader(records, mapper=sample, total_batch_size=2, seed=3)
+    assert batches(measured, 30) == batches(loader(), 30)
 
 
-def test_the_draws_around_a_stream_go_on_undisturbed() -> None:
-    def drawn(between: Any) -> list[float]:
+def test_the_loader_leaves_other_random_numbers_unchanged() -> None:
+    def numbers(between: Any) -> list[float]:
         seed_iteration(1, 2)
         first = [random.random(), np.random.rand(), torch.rand(1).item()]
         between()
         return [*first, random.random(), np.random.rand(), torch.rand(1).item()]
 
-    assert drawn(lambda: batches(stream(num_workers=2), 2)) == drawn(lambda: None)
-    assert drawn(lambda: batches(stream(), 2)) == drawn(lambda: None)
+    assert numbers(lambda: batches(loader(num_workers=2), 2)) == numbers(lambda: None)
+    assert numbers(lambda: batches(loader(), 2)) == numbers(lambda: None)
 
 
-def test_a_step_draws_by_its_iteration() -> None:
-    def drawn(seed: int, iteration: int) -> tuple[float, float, float]:
+def test_random_numbers_of_an_iteration_depend_on_it() -> None:
+    def numbers(seed: int, iteration: int) -> tuple[float, float, float]:
         seed_iteration(seed, iteration)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
-    assert drawn(1, 5) == drawn(1, 5)
-    assert len({drawn(seed, iteration) for seed in range(3) for iteration in range(3)}) == 9
+    assert numbers(1, 5) == numbers(1, 5)
+    assert len({numbers(seed, iteration) for seed in range(3) for iteration in range(3)}) == 9
 
 
 NAMES = [
@@ -124,7 +124,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_sampler_of_detectron2_goes_on(name: str) -> None:
+def test_every_sampler_of_detectron2_resumes(name: str) -> None:
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = ("records",)
     cfg.DATALOADER.SAMPLER_TRAIN = name
@@ -138,11 +138,11 @@ def test_every_sampler_of_detectron2_goes_on(name: str) -> None:
     np.random.seed(None)  # another run's state
 
     def build() -> ResumableTrainLoader:
-        return build_resumable_train_loader(cfg, mapper=draw, seed=3)
+        return build_resumable_train_loader(cfg, mapper=sample, seed=3)
 
     expected = batches(build(), 40)
     assert batches(build(), 20, 20) == expected[20:]
-    seen = Counter(picture[0] for batch in expected for picture in batch)
+    seen = Counter(image[0] for batch in expected for image in batch)
     if "RepeatFactor" in name:
         assert min(seen[0], seen[1]) > 1.5 * max(seen[i] for i in range(2, 20))
     else:
@@ -150,15 +150,15 @@ def test_every_sampler_of_detectron2_goes_on(name: str) -> None:
 
 
 def take(rank: int, folder: str) -> None:
-    """One of two processes: write down what it is given."""
+    """Save the batches of one of two ranks."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for start in (0, 3):
-        taken = batches(stream(total_batch_size=4, aspect_ratio_grouping=False), 5 - start, start)
+        taken = batches(loader(total_batch_size=4, aspect_ratio_grouping=False), 5 - start, start)
         torch.save(taken, f"{folder}/{rank}-{start}")
     dist.destroy_process_group()
 
 
-def test_two_processes_share_the_pictures_and_draw_apart(tmp_path: Path) -> None:
+def test_two_ranks_share_the_images_and_augment_differently(tmp_path: Path) -> None:
     processes = [servers.Process(target=take, args=(rank, str(tmp_path))) for rank in (0, 1)]
     for process in processes:
         process.start()

@@ -1,4 +1,4 @@
-"""One step of the optimiser: its passes, its precision, what it saves; in one process."""
+"""One optimizer step: micro-batches, precision and state; in one process."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CLIP = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE"
 
 
 @pytest.mark.parametrize("norm", ["", "GN"])
-@pytest.mark.parametrize("passes", [2, 4])
-def test_passes_give_the_gradients_and_losses_of_the_whole_batch(norm, passes):
+@pytest.mark.parametrize("steps", [2, 4])
+def test_micro_batches_give_the_gradients_and_losses_of_the_batch(norm, steps):
     whole = one_step(norm)
-    parts = one_step(norm, passes)
+    parts = one_step(norm, steps)
     assert_gradients_agree(parts["gradients"], whole["gradients"])
     assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-5)
 
 
-def test_gradients_of_all_passes_are_clipped_together():
+def test_gradients_of_all_micro_batches_are_clipped_together():
     options = [*CLIP, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-3]
     whole, parts = one_step("", options=options), one_step("", 2, options=options)
     clipped = whole["gradients"]["roi_heads.box_predictor.cls_score.weight"]
@@ -38,7 +38,7 @@ def test_gradients_of_all_passes_are_clipped_together():
 
 
 def trained(trainer_class, **settings):
-    """The weights after two steps on pictures of two sizes."""
+    """The weights after two steps on images of two sizes."""
     cfg = zoo_config(MASK)
     model = build_tame(cfg)
     data = [images(cfg, (64, 64), (32, 64))] * 2
@@ -47,7 +47,7 @@ def trained(trainer_class, **settings):
     return model.state_dict()
 
 
-def test_by_default_a_step_is_detectron2s_to_the_bit():
+def test_by_default_an_iteration_is_bit_exact_with_detectron2s():
     expected = trained(SimpleTrainer)
     assert all(
         torch.equal(value, expected[name]) for name, value in trained(GradAccumTrainer).items()
@@ -75,7 +75,7 @@ def test_by_default_a_step_is_detectron2s_to_the_bit():
     ],
 )
 def test_bfloat16_on_a_cpu_is_near_float32(path, positions, options):
-    """No operator of any kind of model meets a dtype that it does not take."""
+    """No operator of any kind of model gets a dtype that it does not support."""
     cfg = zoo_config(path, ["MODEL.NONLOCAL.NORM", "", *options])
     cfg.MODEL.NONLOCAL.POSITIONS = positions
     # No map may be 1 x 1: there torch 2.15's gradient of a strided convolution in bfloat16, such
@@ -98,7 +98,7 @@ def test_bfloat16_on_a_cpu_is_near_float32(path, positions, options):
     assert written[torch.bfloat16] != written[None]
 
 
-def test_pooling_reads_boxes_as_they_are():
+def test_pooling_does_not_round_boxes():
     """bfloat16 would round 801.5 to 800, a tenth of a bin here."""
     cfg = zoo_config(MASK)
     model = build_tame(cfg)
@@ -117,7 +117,7 @@ def test_pooling_reads_boxes_as_they_are():
 
 
 def float16_step(scale):
-    """A step as on a GPU; the same code runs on a CPU, though no configuration lets it."""
+    """An iteration as on a GPU; the same code runs on a CPU, though no config allows it."""
     cfg = zoo_config(MASK)
     model = build_tame(cfg)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -155,7 +155,7 @@ def test_float16_that_overflows_changes_the_scale_and_no_weight():
 
 @pytest.mark.parametrize("first", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("second", [None, torch.bfloat16, torch.float16])
-def test_a_run_goes_on_in_another_precision(first, second):
+def test_a_run_resumes_in_another_precision(first, second):
     def step(precision):
         model = torch.nn.Linear(1, 1)
         return GradAccumTrainer(
@@ -198,7 +198,7 @@ def test_nothing_is_evaluated_after_an_error():
 
     def broken():
         yield from ()
-        raise OSError("a picture cannot be read")
+        raise OSError("an image cannot be read")
 
     model = torch.nn.Linear(1, 1)
     step = GradAccumTrainer(model, broken(), torch.optim.SGD(model.parameters(), lr=0.1))

@@ -1,7 +1,7 @@
-"""What ends a run: diverging, a full disk, full memory. Real ones, in runs of tools/train_net.py.
+"""Errors that end a run: divergence, a full disk, out of memory; in runs of tools/train_net.py.
 
-Tried by hand, and seen to fail: taking a checkpoint for whole without its checksums; writing a file
-in place.
+Mutations tried by hand; each makes at least one test here fail: checking a checkpoint without its
+checksums; writing a file in place.
 """
 
 from __future__ import annotations
@@ -14,84 +14,84 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import Place, limit
+from tiny_training import Workspace, limit
 
 from nonlocal_det.checkpoint.atomic_checkpoint import is_intact
 from nonlocal_det.utils.file_io import atomic_write
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """With a run that has been stopped after two iterations, in ``begun``."""
-    place = Place(tmp_path_factory.mktemp("failure"))
-    place.train("begun", "SOLVER.MAX_ITER", 2)
-    (place.folder / "begun" / "model_final.pth").unlink()
-    (place.folder / "begun" / "last_checkpoint").write_text("model_0000001.pth")
-    return place
+    workspace = Workspace(tmp_path_factory.mktemp("failure"))
+    workspace.train("begun", "SOLVER.MAX_ITER", 2)
+    (workspace.folder / "begun" / "model_final.pth").unlink()
+    (workspace.folder / "begun" / "last_checkpoint").write_text("model_0000001.pth")
+    return workspace
 
 
 @pytest.fixture
-def begun(place: Place, request: pytest.FixtureRequest) -> str:
+def begun(workspace: Workspace, request: pytest.FixtureRequest) -> str:
     """The name of a copy of that run."""
     name = request.node.name.split("[")[0]
-    subprocess.run(["cp", "-a", place.folder / "begun", place.folder / name], check=True)
+    subprocess.run(["cp", "-a", workspace.folder / "begun", workspace.folder / name], check=True)
     return name
 
 
-def assert_kept(place: Place, output: str, said: str, checkpoint: str) -> None:
-    """The run ended with one sentence; its last checkpoint is good, and nothing lies beside it."""
-    folder = place.folder / output
+def assert_kept(workspace: Workspace, output: str, said: str, checkpoint: str) -> None:
+    """The run exited with a one-line error; its last checkpoint is valid, without stray files."""
+    folder = workspace.folder / output
     assert "Traceback" not in said
     assert f"{checkpoint} is kept; --resume" in said.strip().splitlines()[-1]
     assert f"{checkpoint} is kept; --resume" in (folder / "log.txt").read_text()
     assert (folder / "last_checkpoint").read_text() == checkpoint
     assert is_intact(str(folder / checkpoint))
-    weights = place.checkpoint(output, checkpoint)["model"].values()
+    weights = workspace.checkpoint(output, checkpoint)["model"].values()
     assert all(torch.isfinite(weight).all() for weight in weights)
     assert not (folder / "model_final.pth").exists()
     assert not list(folder.glob("*.tmp"))
 
 
-def test_a_loss_that_is_not_finite(place: Place, begun: str) -> None:
-    said = place.train(begun, "--resume", "MODEL.RPN.LOSS_WEIGHT", 1e39, fails=True)
+def test_a_loss_that_is_not_finite(workspace: Workspace, begun: str) -> None:
+    said = workspace.train(begun, "--resume", "MODEL.RPN.LOSS_WEIGHT", 1e39, fails=True)
     sentence = said.strip().splitlines()[-1]
     assert "stopped at iteration 2." in sentence and "loss_rpn_cls inf" in sentence
     assert sentence.count("data/train/0000") == 2 and "Weights are finite" in sentence
-    assert_kept(place, begun, said, "model_0000001.pth")
+    assert_kept(workspace, begun, said, "model_0000001.pth")
 
 
 # After a warm-up of two iterations.
 SUDDEN = ("SOLVER.WARMUP_METHOD", "constant", "SOLVER.WARMUP_ITERS", 2, "SOLVER.WARMUP_FACTOR")
 
 
-def test_training_that_diverges(place: Place) -> None:
+def test_training_that_diverges(workspace: Workspace) -> None:
     output = "diverges"
-    said = place.train(output, *SUDDEN, 1e-18, "SOLVER.BASE_LR", 1e12, fails=True)
+    said = workspace.train(output, *SUDDEN, 1e-18, "SOLVER.BASE_LR", 1e12, fails=True)
     sentence = said.strip().splitlines()[-1]
     assert "SOLVER.BASE_LR" in sentence and sentence.count("data/train/0000") == 2
-    assert_kept(place, output, said, "model_0000001.pth")
+    assert_kept(workspace, output, said, "model_0000001.pth")
 
 
-def test_weights_that_are_not_finite_are_not_saved(place: Place) -> None:
+def test_weights_that_are_not_finite_are_not_saved(workspace: Workspace) -> None:
     """The loss of the step was finite; its gradients, times the rate, were not."""
     output, options = "infinite", ("SOLVER.BASE_LR", 3e38, "SOLVER.CHECKPOINT_PERIOD", 1)
-    said = place.train(output, *SUDDEN, 1e-44, *options, fails=True)
+    said = workspace.train(output, *SUDDEN, 1e-44, *options, fails=True)
     assert "model_0000002.pth was not written: weights are not finite" in said
-    assert_kept(place, output, said, "model_0000001.pth")
+    assert_kept(workspace, output, said, "model_0000001.pth")
 
 
-def test_a_file_that_may_grow_no_more(place: Place, begun: str) -> None:
+def test_a_file_that_may_grow_no_more(workspace: Workspace, begun: str) -> None:
     before = functools.partial(limit, resource.RLIMIT_FSIZE, 1_000_000)
-    said = place.train(begun, "--resume", before=before, fails=True)
+    said = workspace.train(begun, "--resume", before=before, fails=True)
     assert "File too large" in said and "SOLVER.CHECKPOINT_PERIOD" in said
-    assert_kept(place, begun, said, "model_0000001.pth")
-    place.train(begun, "--resume")  # with room again
+    assert_kept(workspace, begun, said, "model_0000001.pth")
+    workspace.train(begun, "--resume")  # with room again
 
 
 @pytest.fixture
-def small_disk(place: Place) -> str:
+def small_disk(workspace: Workspace) -> str:
     """A folder on a file system of 12 MB: two checkpoints of 4.8 MB, and not three."""
-    folder = place.folder / "small"
+    folder = workspace.folder / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
@@ -100,19 +100,19 @@ def small_disk(place: Place) -> str:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk(place: Place, small_disk: str) -> None:
-    said = place.train(small_disk, fails=True)
+def test_disk_full(workspace: Workspace, small_disk: str) -> None:
+    said = workspace.train(small_disk, fails=True)
     assert "No space left on device" in said and "stopped at iteration 5." in said
-    assert_kept(place, small_disk, said, "model_0000003.pth")
+    assert_kept(workspace, small_disk, said, "model_0000003.pth")
 
 
-def test_full_memory(place: Place, begun: str) -> None:
-    """Pictures of 6000 pixels, in a process that may have 400 MB more than it has."""
+def test_out_of_memory(workspace: Workspace, begun: str) -> None:
+    """Images of 6000 pixels, in a process that may have 400 MB more than it has."""
     options = ("INPUT.MIN_SIZE_TRAIN", (6000,), "INPUT.MAX_SIZE_TRAIN", 6000)
-    said = place.train(begun, "--resume", *options, before=take_little_memory, fails=True)
+    said = workspace.train(begun, "--resume", *options, before=take_little_memory, fails=True)
     sentence = said.strip().splitlines()[-1]
-    assert "Memory is full" in sentence and "SOLVER.IMS_PER_BATCH" in sentence
-    assert_kept(place, begun, said, "model_0000001.pth")
+    assert "Out of memory" in sentence and "SOLVER.IMS_PER_BATCH" in sentence
+    assert_kept(workspace, begun, said, "model_0000001.pth")
 
 
 def take_little_memory() -> None:
@@ -120,7 +120,7 @@ def take_little_memory() -> None:
     limit(resource.RLIMIT_AS, pages * resource.getpagesize() + 400_000_000)
 
 
-def test_whole_files(tmp_path: Path) -> None:
+def test_files_are_written_atomically(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with atomic_write(str(path)) as file:
         file.write("first")
@@ -132,8 +132,8 @@ def test_whole_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit", "zeros", "empty", "missing"])
-def test_a_damaged_checkpoint(place: Place, damage: str, tmp_path: Path) -> None:
-    good = (place.folder / "begun" / "model_0000001.pth").read_bytes()
+def test_a_corrupt_checkpoint(workspace: Workspace, damage: str, tmp_path: Path) -> None:
+    good = (workspace.folder / "begun" / "model_0000001.pth").read_bytes()
     contents = {
         "cut": good[:-1000],
         "one bit": good[:200_000] + bytes([good[200_000] ^ 1]) + good[200_001:],

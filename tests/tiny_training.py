@@ -1,4 +1,4 @@
-"""Runs of tools/train_net.py on a tiny model, in processes that start at once and may be killed.
+"""Runs of tools/train_net.py on a tiny model, in processes that start fast and may be killed.
 
 A server process imports torch and detectron2 once and forks: a run then starts in a fraction of a
 second. Each is a process of its own, with real files, limits and signals.
@@ -10,21 +10,19 @@ import json
 import multiprocessing
 import os
 import resource
-import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import default_argument_parser
 from tiny_models import zoo_config
 
+from nonlocal_det.cli.train import main
 from nonlocal_det.data import LampsParams, write_dataset
 
-TRAIN_NET = Path(__file__).parents[1] / "tools" / "train_net.py"
 DATASET = "tiny_lamps"
-PICTURES = LampsParams(side=(48, 80), num_shapes=(1, 2), shape_size=(16, 24), lamp_size=(8, 10))
+IMAGE_PARAMS = LampsParams(side=(48, 80), num_shapes=(1, 2), shape_size=(16, 24), lamp_size=(8, 10))
 OPTIONS = [
     *("MODEL.NONLOCAL.POSITIONS", ["res4[-2]"], "MODEL.RESNETS.NORM", "BN"),
     *("MODEL.BACKBONE.NAME", "build_nonlocal_resnet_fpn_backbone"),
@@ -35,11 +33,13 @@ OPTIONS = [
 ]
 
 servers = multiprocessing.get_context("forkserver")
-servers.set_forkserver_preload(["nonlocal_det.engine", "detectron2.model_zoo", "pycocotools.mask"])
+servers.set_forkserver_preload(
+    ["nonlocal_det.cli.train", "detectron2.model_zoo", "pycocotools.mask"]
+)
 
 
 @dataclass
-class Place:
+class Workspace:
     """A folder with the dataset and a configuration; runs write beside them."""
 
     folder: Path
@@ -47,7 +47,7 @@ class Place:
     options: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        write_dataset(str(self.folder / "data"), "train", 8, params=PICTURES)
+        write_dataset(str(self.folder / "data"), "train", 8, params=IMAGE_PARAMS)
         cfg = zoo_config(self.model, [*OPTIONS, *self.options])
         (self.folder / "tiny.yaml").write_text(cfg.dump())
 
@@ -85,18 +85,20 @@ def _train(folder: Path, output: str, arguments: list[Any], before: Any) -> None
     said = os.open(folder / f"{output}.said", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    # As in a run of its own. Loading processes that the server forked would outlive a killed run.
+    # As in a run of its own. DataLoader workers that the server forked would outlive a killed run.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     data = folder / "data"
     annotations = data / "annotations" / "instances_train.json"
     register_coco_instances(
-        DATASET, {"thing_classes": list(PICTURES.categories)}, str(annotations), str(data / "train")
+        DATASET,
+        {"thing_classes": list(IMAGE_PARAMS.categories)},
+        str(annotations),
+        str(data / "train"),
     )
-    main = runpy.run_path(str(TRAIN_NET))["main"]
     if before is not None:
         before()
-    main(default_argument_parser().parse_args([*map(str, arguments)]))
+    main([*map(str, arguments)])
 
 
 def limit(kind: int, amount: int) -> None:

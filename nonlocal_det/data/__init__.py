@@ -1,5 +1,6 @@
-"""The embedded datasets. Importing this registers them with detectron2, and writes nothing."""
+"""The bundled synthetic dataset (lamps). Importing it registers, and writes nothing."""
 
+from ..utils.deprecation import renamed_attributes
 from .builtin import register_lamps
 from .lamps.generator import CATEGORIES, LAMP_COLORS, Instance, Lamp, LampsParams, render_image
 from .lamps.writer import ensure_dataset, image_rng, write_dataset
@@ -16,5 +17,9 @@ __all__ = [
     "register_lamps",
     "write_dataset",
 ]
+
+__getattr__ = renamed_attributes(
+    __name__, {"draw_picture": "render_image", "picture_rng": "image_rng"}
+)
 
 register_lamps()

@@ -1,4 +1,4 @@
-"""Registers the lamps datasets with detectron2, each with the splits ``_train`` and ``_val``."""
+"""Registration of the lamps datasets in detectron2, each with splits ``_train`` and ``_val``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ from .lamps.writer import SPLITS, annotation_file, ensure_dataset, image_root
 
 @dataclass(frozen=True)
 class LampsDataset:
-    """One of the datasets: what its pictures look like, and how many there are of each split."""
+    """One of the datasets.
+
+    Attributes:
+        params: Parameters of the images.
+        splits: Number of images of each split.
+    """
 
     params: LampsParams = field(default_factory=LampsParams)
     splits: Mapping[str, int] = field(default_factory=lambda: SPLITS)
 
 
-# Long pictures, where a lamp may be farther from a shape than a detector without blocks can see.
+# Wide images, where a lamp may be outside the receptive field of a detector without blocks.
 _LONG = LampsParams(
     side=(64, 64),
     width=(512, 512),
@@ -37,7 +42,7 @@ _LONG = LampsParams(
 DATASETS = {
     "lamps": LampsDataset(),
     "lamps_long": LampsDataset(_LONG, {"train": 1200, "val": 200}),
-    # The control: the same pictures, each shape named by its own outline.
+    # The control: the same images, each shape labeled by its own outline.
     "outlines_long": LampsDataset(
         replace(_LONG, decided_by="outline"), {"train": 1200, "val": 200}
     ),
@@ -45,9 +50,9 @@ DATASETS = {
 
 
 class _LampsHandler(PathHandler):
-    """Draws a dataset when one of its annotation files is first asked for.
+    """Generates a dataset when one of its annotation files is first opened.
 
-    Both detectron2's loader and its COCOEvaluator ask PathManager for that file, so either may
+    Both detectron2's loader and its COCOEvaluator open that file through PathManager, so either may
     come first.
     """
 
@@ -69,10 +74,10 @@ class _LampsHandler(PathHandler):
 
 
 def register_lamps(root: str | None = None) -> None:
-    """Registers the datasets in folders of ``root``. Nothing is written until one is used.
+    """Register the datasets in directories of ``root``; nothing is written until one is used.
 
     Args:
-        root: folder of all datasets; defaults to the environment variable DETECTRON2_DATASETS, or
+        root: Directory of all datasets; by default the environment variable DETECTRON2_DATASETS, or
             ``datasets``, as for detectron2's own. A later call replaces an earlier one.
     """
     if root is None:

@@ -1,4 +1,4 @@
-"""Reading pictures during a run: whatever is wrong with one, the error names it."""
+"""A dataset mapper whose errors name the image."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from ..errors import DataLoadingError, is_out_of_memory, summarize_error
 
 
 class CheckedDatasetMapper(DatasetMapper):
-    """detectron2's reader of pictures and annotations."""
+    """detectron2's `DatasetMapper`, which names the file if an image cannot be loaded."""
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
-        """Read a picture and its annotations, and augment both.
+        """Load an image and its annotations, and augment both.
 
         Raises:
-            DataLoadingError: if that fails, with the name of the file.
+            DataLoadingError: If that fails; the message names the file.
         """
         try:
             return super().__call__(dataset_dict)
         except Exception as error:
-            if is_out_of_memory(error):  # which is not the picture's fault
+            if is_out_of_memory(error):  # not the fault of the image
                 raise
             raise DataLoadingError(
-                f"{dataset_dict['file_name']!r} or what is annotated on it cannot be used: "
-                f"{summarize_error(error)}. tools/train_net.py --check says what else."
+                f"Failed to load image {dataset_dict['file_name']!r} or its annotations: "
+                f"{summarize_error(error)}. Run tools/train_net.py --check-data to find all such "
+                f"problems."
             ) from error

@@ -1,9 +1,9 @@
-"""The pictures of training in an order, and with random draws, that a seed and a place decide.
+"""Resumable training data loader.
 
-detectron2 goes on drawing from one random state, of which each loading process has a copy; a run
-that is stopped loses all of them. Here what the n-th picture or the n-th step draws depends on
-(seed, process, n) alone. So there is no state to save, a run goes on from any iteration as if it
-had never stopped, and the number of loading processes changes nothing.
+Order and augmentation of the n-th sample depend only on (seed, rank, n). detectron2 samples from
+one random state, of which each DataLoader worker has a copy, and a stopped run loses them all.
+Here there is no state to save: a run resumes at any iteration as if it had never stopped, and the
+number of workers changes nothing.
 """
 
 from __future__ import annotations
@@ -26,18 +26,23 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# What draws: no two uses of a seed may draw the same.
-_ORDER, _PICTURE, _STEP = range(3)
+# Purposes of random numbers: no two uses of a seed may share them.
+_ORDER, _AUGMENTATION, _ITERATION = range(3)
 
 
 def seed_iteration(seed: int, iteration: int) -> None:
-    """Let what follows, in this process, draw what belongs to an iteration."""
-    _seed(seed, _STEP, comm.get_rank(), iteration)
+    """Seed all random number generators of this process for one training iteration.
+
+    Args:
+        seed: Seed of the run, the same on all ranks.
+        iteration: Index of the iteration.
+    """
+    _seed(seed, _ITERATION, comm.get_rank(), iteration)
     torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 def _seed(*key: int) -> None:
-    """Seed Python's, numpy's and torch's draws on the CPU."""
+    """Seed the CPU random number generators of Python, numpy and torch."""
     words = np.random.SeedSequence(key).generate_state(4)
     random.seed(words.tobytes())
     np.random.seed(words)
@@ -46,7 +51,7 @@ def _seed(*key: int) -> None:
 
 @contextmanager
 def _fork_rng_seeded(*key: int) -> Iterator[None]:
-    """Draw by a key inside, and go on outside as if nothing had been drawn."""
+    """Seed the CPU random number generators within the body, and restore their state after it."""
     python, arrays = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         _seed(*key)
@@ -58,23 +63,23 @@ def _fork_rng_seeded(*key: int) -> Iterator[None]:
 
 
 class ResumableTrainLoader:
-    """Batches of this process's pictures, without end.
+    """Infinite iterable over this rank's batches, which can start at any batch.
 
     Args:
-        pictures: indexed by what the sampler gives.
-        sampler: without end, and the same each time that it is iterated.
-        batch_size: of this process.
-        groups: a number for each picture; only pictures of one group share a batch.
-        num_workers: processes that load; 0 is this one.
-        seed: of all draws.
+        dataset: Map-style dataset, indexed by what the sampler yields.
+        sampler: Infinite sampler that yields the same indices whenever it is iterated.
+        batch_size: Number of images per batch on this rank.
+        groups: Aspect-ratio group of each image; only images of one group share a batch.
+        num_workers: Number of DataLoader workers; 0 loads in this process.
+        seed: Seed of the augmentation, the same on all ranks.
 
     Attributes:
-        start: the number of the batch, from 0, that the next iteration over this begins with.
+        start_batch: Index of the batch that the next iteration over this loader starts with.
     """
 
     def __init__(
         self,
-        pictures: Dataset,
+        dataset: Dataset,
         sampler: Sampler,
         batch_size: int,
         *,
@@ -82,46 +87,46 @@ class ResumableTrainLoader:
         num_workers: int,
         seed: int,
     ) -> None:
-        self._pictures = _PerSampleSeededDataset(pictures, seed)
+        self._dataset = _PerSampleSeededDataset(dataset, seed)
         self._sampler = sampler
         self._batch_size = batch_size
         self._groups = groups
         self._num_workers = num_workers
-        self.start = 0
+        self.start_batch = 0
 
     def __iter__(self) -> Iterator[list[Any]]:
-        # Nothing happens before the first batch is asked for: until then, `start` may change.
+        # A generator: until the first batch is requested, `start_batch` may still change.
         yield from DataLoader(
-            self._pictures,
-            batch_sampler=itertools.islice(self._batches(), self.start, None),
+            self._dataset,
+            batch_sampler=itertools.islice(self._batches(), self.start_batch, None),
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
-            # It draws once when it starts: not from what belongs to a step.
+            # It samples a base seed when it starts; not from the generators of an iteration.
             generator=torch.Generator(),
         )
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        """Places in the order, each with the index of its picture; this costs no loading."""
-        waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for place, index in enumerate(self._sampler):
-            group = waiting[self._groups[index]]
-            group.append((place, index))
+        """Yield batches of (sample index, image index); no image is loaded for it."""
+        incomplete: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for sample, index in enumerate(self._sampler):
+            group = incomplete[self._groups[index]]
+            group.append((sample, index))
             if len(group) == self._batch_size:
                 yield list(group)
                 group.clear()
 
 
 class _PerSampleSeededDataset(Dataset):
-    """Pictures by (place, index), augmented by draws that belong to the place."""
+    """A dataset indexed by (sample index, image index), augmented by the seed of the sample."""
 
-    def __init__(self, pictures: Dataset, seed: int) -> None:
-        self._pictures = pictures
-        self._key = (seed, _PICTURE, comm.get_rank())
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self._dataset = dataset
+        self._key = (seed, _AUGMENTATION, comm.get_rank())
 
-    def __getitem__(self, where: tuple[int, int]) -> Any:
-        place, index = where
-        with _fork_rng_seeded(*self._key, place):
-            return self._pictures[index]
+    def __getitem__(self, sample_and_index: tuple[int, int]) -> Any:
+        sample, index = sample_and_index
+        with _fork_rng_seeded(*self._key, sample):
+            return self._dataset[index]
 
 
 # detectron2 0.5 has no public name for it.
@@ -136,7 +141,7 @@ def _build(
     num_workers: int = 0,
     seed: int,
 ) -> Union[ResumableTrainLoader, DataLoader]:
-    """As `build_resumable_train_loader`, whose draws it makes."""
+    """Build the loader with the random number generators as they are."""
     if not isinstance(dataset, list):
         # A dataset that loads by itself may have an order of its own: detectron2's loader.
         return build_detection_train_loader(
@@ -153,7 +158,7 @@ def _build(
         MapDataset(DatasetFromList(dataset, copy=False), mapper),
         sampler or TrainingSampler(len(dataset), seed=comm.shared_random_seed()),
         batch_size,
-        groups=[aspect_ratio_grouping and _is_wide(record) for record in dataset],
+        groups=[aspect_ratio_grouping and _is_wide(dataset_dict) for dataset_dict in dataset],
         num_workers=num_workers,
         seed=seed,
     )
@@ -162,23 +167,23 @@ def _build(
 def build_resumable_train_loader(
     *args: Any, seed: int, **kwargs: Any
 ) -> Union[ResumableTrainLoader, DataLoader]:
-    """Build what detectron2's ``build_detection_train_loader`` builds, in an order of its own.
+    """Build a loader like detectron2's ``build_detection_train_loader``, but resumable.
 
     Args:
-        args: a configuration; or explicit arguments, all as detectron2's.
-        seed: of the order and of all draws; the same in all processes.
-        kwargs: as ``args``.
+        args: Config, or explicit arguments, as for detectron2's function.
+        seed: Seed of order and augmentation, the same on all ranks.
+        kwargs: Keyword arguments, as for detectron2's function.
 
     Returns:
-        A stream; detectron2's loader where the dataset is no list of records.
+        A resumable loader; or detectron2's loader, if the dataset is not a list of dicts.
     """
-    # Samplers draw their seeds, or a subset, when they are made.
+    # Some samplers choose a seed, or a subset, when they are constructed.
     with _fork_rng_seeded(seed, _ORDER):
         return _build(*args, seed=seed, **kwargs)
 
 
-def _is_wide(record: dict[str, Any]) -> bool:
-    if "width" in record:
-        return record["width"] > record["height"]
-    with PathManager.open(record["file_name"], "rb") as file, Image.open(file) as image:
+def _is_wide(dataset_dict: dict[str, Any]) -> bool:
+    if "width" in dataset_dict:
+        return dataset_dict["width"] > dataset_dict["height"]
+    with PathManager.open(dataset_dict["file_name"], "rb") as file, Image.open(file) as image:
         return image.width > image.height

@@ -1,4 +1,4 @@
-"""Training on one's own data: from files named on the command line to a checked configuration."""
+"""Custom datasets: from COCO files given on the command line to a config that uses them."""
 
 from __future__ import annotations
 
@@ -7,145 +7,133 @@ import logging
 import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
-from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
-from ..config import load_config
-from ..data.coco_validation import compare_splits, validate_coco
-from ..data.dataset_report import Report
+from ..data.coco_validation import validate_coco
+from ..data.dataset_report import DatasetReport, compare_splits
 from ..utils.file_io import atomic_write
 
-# Names under which detectron2 knows the sets given on the command line.
-TRAIN, VAL = "own_train", "own_val"
-# The mean of COCO's 17.
+# Names under which the datasets of the command line are registered.
+TRAIN, VAL = "custom_train", "custom_val"
+# The mean of COCO's 17 keypoint OKS sigmas.
 OKS_SIGMA = 0.067
 
 
-def nonlocal_argument_parser(epilog: Optional[str] = None) -> ArgumentParser:
-    """detectron2's flags, and those of one's own data."""
-    parser = default_argument_parser(epilog)
-    group = parser.add_argument_group("your own data, in COCO's format")
-    for split, purpose in (("train", "to train on"), ("val", "to evaluate on")):
-        group.add_argument(f"--{split}-json", metavar="FILE", help=f"annotations {purpose}")
+def add_dataset_options(parser: ArgumentParser) -> None:
+    """Add the options that give the datasets to a parser."""
+    group = parser.add_argument_group("custom datasets in COCO format")
+    for split, purpose in (("train", "training"), ("val", "evaluation")):
+        group.add_argument(f"--{split}-json", metavar="FILE", help=f"COCO JSON for {purpose}")
         group.add_argument(
             f"--{split}-images",
-            metavar="FOLDER",
-            help="what their file names are relative to; by default the folder of the JSON",
+            metavar="DIR",
+            help="image root of that JSON (default: the JSON's directory)",
         )
-    group.add_argument(
-        "--check",
-        action="store_true",
-        help="only report what is wrong with the data, or with the configuration's datasets",
-    )
-    return parser
 
 
 @dataclass(frozen=True)
 class CustomDatasets:
-    """The sets that the command line names, by the names they are registered under; maybe none."""
+    """The datasets given on the command line; possibly none.
 
-    reports: dict[str, Report]
+    Attributes:
+        reports: Report on each dataset, by the name under which it is registered.
+    """
 
-    def configure(self, cfg: CfgNode) -> None:
-        """Register the sets, and have ``cfg`` train on and evaluate them, and fit its model."""
+    reports: dict[str, DatasetReport]
+
+    def apply_to(self, cfg: CfgNode) -> None:
+        """Register the datasets, and set the config to train on and evaluate them.
+
+        Args:
+            cfg: Config to change: its datasets, and what the model must predict for them.
+        """
         if not self.reports:
             return
         for name, report in self.reports.items():
             _register(name, report, cfg.OUTPUT_DIR)
         cfg.DATASETS.TRAIN = tuple(name for name in self.reports if name == TRAIN)
         cfg.DATASETS.TEST = tuple(name for name in self.reports if name == VAL)
-        for key, value in cfg_overrides_from_dataset(
-            cfg, next(iter(self.reports.values()))
-        ).items():
+        for key, value in self._overrides(cfg).items():
             cfg.merge_from_list([key, value])
 
-    def finish(self, cfg: CfgNode) -> None:
-        """Write what is other than in the user's files into the output folder, and log it all."""
+    def write_and_log(self, cfg: CfgNode) -> None:
+        """Write modified datasets to the output directory, and log reports and overrides.
+
+        Args:
+            cfg: Config after `apply_to`.
+        """
         logger = logging.getLogger("detectron2")
         for name, report in self.reports.items():
             logger.info(str(report))
-            if report.changed:
-                _write(report, _changed_file(name, cfg.OUTPUT_DIR))
-                logger.info(f"  What is used is in {_changed_file(name, cfg.OUTPUT_DIR)}.")
+            if report.is_modified:
+                path = _modified_file(name, cfg.OUTPUT_DIR)
+                _write(report, path)
+                logger.info(f"  The modified dataset is {path}.")
         if self.reports:
-            settings = cfg_overrides_from_dataset(cfg, next(iter(self.reports.values())))
-            logger.info("From the data: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+            overrides = ", ".join(f"{k} {v}" for k, v in self._overrides(cfg).items())
+            logger.info(f"Set from the dataset: {overrides}")
             if not cfg.DATASETS.TEST:
                 logger.info("Without --val-json nothing is evaluated.")
         comm.synchronize()
 
+    def _overrides(self, cfg: CfgNode) -> dict[str, Any]:
+        return cfg_overrides_from_dataset(cfg, next(iter(self.reports.values())))
+
 
 def load_custom_datasets(cfg: CfgNode, args: Namespace) -> CustomDatasets:
-    """Check the sets that the command line names.
+    """Validate the datasets given on the command line.
+
+    Args:
+        cfg: Config, which says whether masks and keypoints are needed.
+        args: Parsed flags; without those for custom datasets there are none.
 
     Raises:
-        ValueError: if a set cannot be used, after printing why; for flags that do not fit.
+        ValueError: If a dataset has errors, after printing the reports; or if a flag is missing.
     """
-    reports = _reports(cfg, _own_files(args))
-    if any(report.fatal for report in reports.values()):
+    files = custom_files(args)
+    needed, flag = (VAL, "--val-json") if args.eval_only else (TRAIN, "--train-json")
+    if files and needed not in files:
+        purpose = "--eval-only" if args.eval_only else "Training"
+        raise ValueError(f"{purpose} on custom datasets needs {flag}.")
+    used = {name: files[name] for name in files if name == VAL or not args.eval_only}
+    reports = validate_files(cfg, used)
+    if any(report.has_errors for report in reports.values()):
         if comm.is_main_process():
             print("\n".join(map(str, reports.values())), flush=True)
-        raise ValueError("The data cannot be used: mend what the lines above say stops it.")
+        raise ValueError("The dataset has errors; fix the lines marked 'error' above.")
     return CustomDatasets(reports)
 
 
-def run_dataset_check(args: Namespace) -> bool:
-    """Print what is wrong with the data; whether nothing keeps a run from starting.
+def custom_files(args: Namespace) -> dict[str, tuple[str, str]]:
+    """Return annotation file and image root of each dataset given on the command line, by name.
 
     Raises:
-        FileNotFoundError: for a missing configuration.
-        ValueError: for a wrong configuration, or flags that do not fit.
+        ValueError: If an image root is given without annotations.
     """
-    cfg = load_config(args.config_file, args.opts)
-    own = _own_files(args)
-    reports = _reports(cfg, own or _registered_files(cfg))
-    if not own:
-        for report in reports.values():
-            _check_model(cfg, report)
-    print("\n".join(map(str, reports.values())))
-    good = not any(report.fatal for report in reports.values())
-    print("The data can be used." if good else "The data cannot be used.")
-    return good
-
-
-def _own_files(args: Namespace) -> dict[str, tuple[str, str]]:
-    """The annotation file and the folder of each set that is given and will be used."""
-    given, files = vars(args), {}  # without our flags, where a script has only detectron2's
+    given, files = vars(args), {}  # a script with detectron2's parser has none of our flags
     for name, split in ((TRAIN, "train"), (VAL, "val")):
         json_file, images = given.get(f"{split}_json"), given.get(f"{split}_images")
         if images and not json_file:
             raise ValueError(f"--{split}-images needs --{split}-json, the annotations.")
         if json_file:
             files[name] = json_file, images or os.path.dirname(json_file) or "."
-    needed, flag = (VAL, "--val-json") if args.eval_only else (TRAIN, "--train-json")
-    if files and needed not in files and not given.get("check"):
-        what = "--eval-only" if args.eval_only else "Training"
-        raise ValueError(f"{what} on your own data needs {flag}.")
-    return {name: files[name] for name in files if name == VAL or not args.eval_only}
-
-
-def _registered_files(cfg: CfgNode) -> dict[str, tuple[str, str]]:
-    files = {}
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("evaluator_type") != "coco":
-            raise ValueError(
-                f"Dataset {name!r} is not registered in COCO's format: it cannot be checked."
-            )
-        files[name] = PathManager.get_local_path(metadata.json_file), metadata.image_root
     return files
 
 
-def _reports(cfg: CfgNode, files: dict[str, tuple[str, str]]) -> dict[str, Report]:
-    """What is wrong with each set, and between the first and the others."""
-    reports: dict[str, Report] = {}
+def validate_files(cfg: CfgNode, files: dict[str, tuple[str, str]]) -> dict[str, DatasetReport]:
+    """Validate datasets, and compare the first with the others.
+
+    Args:
+        cfg: Config, which says whether masks and keypoints are needed.
+        files: Annotation file and image root of each dataset, by name.
+    """
+    reports: dict[str, DatasetReport] = {}
     for name, paths in files.items():
         report = validate_coco(*paths, masks=cfg.MODEL.MASK_ON, keypoints=cfg.MODEL.KEYPOINT_ON)
         if reports:
@@ -154,41 +142,33 @@ def _reports(cfg: CfgNode, files: dict[str, tuple[str, str]]) -> dict[str, Repor
     return reports
 
 
-def _check_model(cfg: CfgNode, report: Report) -> None:
-    """A registered set must fit the model as it is configured."""
-    node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
-    number = cfg.MODEL[node].NUM_CLASSES
-    if report.classes and number != len(report.classes):
-        report.add("num_classes", [f"MODEL.{node}.NUM_CLASSES is {number}"])
-
-
-def cfg_overrides_from_dataset(cfg: CfgNode, report: Report) -> dict[str, Any]:
-    """The settings of a model with the classes, masks and keypoints of a dataset."""
-    classes = len(report.classes)
-    settings: dict[str, Any] = {
-        "MODEL.ROI_HEADS.NUM_CLASSES": classes,
-        "MODEL.RETINANET.NUM_CLASSES": classes,
+def cfg_overrides_from_dataset(cfg: CfgNode, report: DatasetReport) -> dict[str, Any]:
+    """Return config values, by key, for the classes, masks and keypoints of a dataset."""
+    num_classes = len(report.classes)
+    overrides: dict[str, Any] = {
+        "MODEL.ROI_HEADS.NUM_CLASSES": num_classes,
+        "MODEL.RETINANET.NUM_CLASSES": num_classes,
     }
-    objects = [a for a in report.content["annotations"] if not a["iscrowd"]]
+    objects = [a for a in report.dataset["annotations"] if not a["iscrowd"]]
     masks = [a["segmentation"] for a in objects if a.get("segmentation")]
     if not masks:
-        settings["MODEL.MASK_ON"] = False
+        overrides["MODEL.MASK_ON"] = False
     elif any(isinstance(mask, dict) for mask in masks):
-        settings["INPUT.MASK_FORMAT"] = "bitmask"
+        overrides["INPUT.MASK_FORMAT"] = "bitmask"
     if cfg.MODEL.KEYPOINT_ON:
         names = report.keypoints
-        settings["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = len(names)
+        overrides["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = len(names)
         sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
         if tuple(names) == COCO_PERSON_KEYPOINT_NAMES:
             sigmas = []  # stands for COCO's
         elif len(sigmas) != len(names):
             sigmas = [OKS_SIGMA] * len(names)
-        settings["TEST.KEYPOINT_OKS_SIGMAS"] = sigmas
-    return settings
+        overrides["TEST.KEYPOINT_OKS_SIGMAS"] = sigmas
+    return overrides
 
 
 def flip_map(names: list[str]) -> list[tuple[str, str]]:
-    """The keypoints that change places in a mirrored picture: ``left_x`` and ``right_x``."""
+    """Return the pairs of keypoints that a horizontal flip swaps: ``left_x`` and ``right_x``."""
     by_lower_name = {name.lower(): name for name in names}
     partners = {name: name.lower().replace("left", "right") for name in names}
     return [
@@ -198,25 +178,25 @@ def flip_map(names: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _register(name: str, report: Report, folder: str) -> None:
+def _register(name: str, report: DatasetReport, output_dir: str) -> None:
     metadata: dict[str, Any] = {"thing_classes": report.classes}
     if report.keypoints:
         metadata["keypoint_names"] = report.keypoints
         metadata["keypoint_flip_map"] = flip_map(report.keypoints)
-    json_file = _changed_file(name, folder) if report.changed else report.json_file
+    json_file = _modified_file(name, output_dir) if report.is_modified else report.json_file
     DatasetCatalog.pop(name, None)
     MetadataCatalog.pop(name, None)
     register_coco_instances(name, metadata, json_file, report.image_root)
 
 
-def _changed_file(name: str, folder: str) -> str:
-    return os.path.join(folder, "datasets", f"{name}.json")
+def _modified_file(name: str, output_dir: str) -> str:
+    return os.path.join(output_dir, "datasets", f"{name}.json")
 
 
-def _write(report: Report, path: str) -> None:
-    """Once a machine."""
+def _write(report: DatasetReport, path: str) -> None:
+    """Write the dataset once per machine (local rank 0)."""
     if comm.get_local_rank():
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with atomic_write(path) as file:
-        json.dump(report.content, file)
+        json.dump(report.dataset, file)

@@ -1,80 +1,159 @@
-"""What comes before a run: its configuration, checked."""
+"""From the command line to a run that has started: config, checks, output directory and log."""
 
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
-from typing import Any, NamedTuple
+from argparse import ArgumentParser, Namespace
+from typing import Any, NamedTuple, Optional
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
+from detectron2.engine import default_argument_parser, default_setup
+from omegaconf import DictConfig
 
-from ..config import load_config
-from ..modeling.supported_positions import check_positions
-from .custom_data import CustomDatasets, load_custom_datasets
-from .launch import resolve_device
-from .preflight import check_dataset_registered, preflight_check
+from ..config import load_config, load_lazy_config
+from ..utils.deprecation import RenamedOption
+from .custom_data import CustomDatasets, add_dataset_options, load_custom_datasets
+from .launch import resolve_device, world_size_of
+from .preflight import preflight_check, preflight_check_lazy
 from .run_info import append_run_info, choose_seed
 
 
 class CheckedCfg(NamedTuple):
-    """A configuration, the device to run on, and the datasets that the command line names."""
+    """A config with which a run can start.
+
+    Attributes:
+        cfg: Config of either kind.
+        device: Device to run on, which may be "cpu" where the config says "cuda".
+        datasets: Datasets given on the command line.
+    """
 
     cfg: Any
     device: str
-    own: CustomDatasets = CustomDatasets({})
+    datasets: CustomDatasets = CustomDatasets({})
+
+
+def nonlocal_argument_parser(epilog: Optional[str] = None) -> ArgumentParser:
+    """Create a parser of detectron2's standard flags and of those for custom datasets.
+
+    Args:
+        epilog: Text below the list of flags in ``--help``.
+    """
+    parser = default_argument_parser(epilog)
+    add_dataset_options(parser)
+    check_data = parser.add_argument(
+        "--check-data",
+        action="store_true",
+        help="only report all issues of the custom datasets, or of the config's datasets",
+    )
+    parser.add_argument("--check", action=RenamedOption, renamed=check_data)
+    return parser
 
 
 def setup(args: Namespace) -> CfgNode:
-    """The configuration of detectron2's standard arguments, checked before anything is written.
+    """Load and check a YAML config, and start the run.
+
+    Args:
+        args: Parsed flags, of detectron2's parser or of `nonlocal_argument_parser`.
+
+    Returns:
+        Frozen config with device and seed.
 
     Raises:
-        OSError, ValueError: as `load_and_check_cfg`.
-        ValueError: for a record of earlier starts that cannot be read.
+        OSError: If a file or directory is missing or not usable.
+        ValueError: If anything else prevents the run; see `load_and_check_cfg`.
     """
-    cfg, device, own = load_and_check_cfg(args)
-    asked, cfg.MODEL.DEVICE = cfg.MODEL.DEVICE, device
+    cfg, device, datasets = load_and_check_cfg(args)
+    fell_back_to_cpu = device != cfg.MODEL.DEVICE
+    cfg.MODEL.DEVICE = device
     cfg.SEED = choose_seed(cfg.SEED, cfg.OUTPUT_DIR, args)
     cfg.freeze()
-    begin(cfg, args, cfg.OUTPUT_DIR, cfg.SEED, moved=asked != device)
-    own.finish(cfg)
+    start_run(cfg, args, cfg.OUTPUT_DIR, cfg.SEED, fell_back_to_cpu=fell_back_to_cpu)
+    datasets.write_and_log(cfg)
     return cfg
 
 
-def begin(cfg: Any, args: Namespace, folder: str, seed: int, *, moved: bool) -> None:
-    """Make the output folder, start detectron2's log and draws, and record a start of training.
+def load_and_check_cfg(args: Namespace) -> CheckedCfg:
+    """Load a YAML config and check everything that would stop the run; nothing is written.
 
     Args:
-        cfg: a configuration, of either kind, with all that is decided by now.
-        args: detectron2's standard arguments.
-        folder: for output.
-        seed: of all draws.
-        moved: whether it runs on another device than asked for.
+        args: Parsed flags.
+
+    Raises:
+        OSError: If the config, a dataset or weights are missing, or the output directory is not
+            writable.
+        ValueError: If a key, a value, a position or a dataset name does not exist; a dataset, the
+            model or the weights are not usable; the batch cannot be divided; or the processes
+            cannot be started.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    world_size = world_size_of(args)
+    device = resolve_device(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu", args)
+    datasets = load_custom_datasets(cfg, args)
+    datasets.apply_to(cfg)
+    preflight_check(
+        cfg,
+        device,
+        world_size,
+        eval_only=args.eval_only,
+        resume=args.resume,
+        valid_datasets=tuple(datasets.reports),
+    )
+    return CheckedCfg(cfg, device, datasets)
+
+
+def setup_lazy(args: Namespace) -> DictConfig:
+    """Load and check a LazyConfig, and start the run.
+
+    Args:
+        args: Parsed flags of detectron2's parser.
+
+    Returns:
+        Config with device and seed.
+
+    Raises:
+        OSError: If a file or directory is missing or not usable.
+        ValueError: If anything else prevents the run; see `load_and_check_lazy_cfg`.
+    """
+    cfg, device, _ = load_and_check_lazy_cfg(args)
+    train = cfg.train
+    fell_back_to_cpu = device != train.device
+    train.device = device
+    train.seed = choose_seed(train.seed, train.output_dir, args)
+    start_run(cfg, args, train.output_dir, train.seed, fell_back_to_cpu=fell_back_to_cpu)
+    return cfg
+
+
+def load_and_check_lazy_cfg(args: Namespace) -> CheckedCfg:
+    """Load a LazyConfig and check it, except for its model and weights; nothing is written.
+
+    Args:
+        args: Parsed flags.
+
+    Raises:
+        OSError: If the config or a dataset is missing, or the output directory is not writable.
+        ValueError: If an override cannot be parsed, a dataset name does not exist, the batch cannot
+            be divided, or the processes cannot be started.
+    """
+    cfg = load_lazy_config(args.config_file, args.opts)
+    device = resolve_device(cfg.train.device, "train.device=cpu", args)
+    preflight_check_lazy(cfg, device, world_size_of(args), eval_only=args.eval_only)
+    return CheckedCfg(cfg, device)
+
+
+def start_run(
+    cfg: Any, args: Namespace, output_dir: str, seed: int, *, fell_back_to_cpu: bool
+) -> None:
+    """Create the output directory, start detectron2's log, and append to ``run.json``.
+
+    Args:
+        cfg: Final config of either kind; ``config.yaml`` is written from it.
+        args: Parsed flags.
+        output_dir: Output directory of the run.
+        seed: Seed of all random numbers.
+        fell_back_to_cpu: Whether the run is on the CPU for lack of a GPU.
     """
     default_setup(cfg, args)
     if not args.eval_only:
-        append_run_info(folder, seed=seed, resume=args.resume)
-    if moved:
+        append_run_info(output_dir, seed=seed, resume=args.resume)
+    if fell_back_to_cpu:
         logging.getLogger("detectron2").info("No GPU was found: this runs on the CPU.")
-
-
-def load_and_check_cfg(args: Namespace) -> CheckedCfg:
-    """All that can be known to be wrong before anything is written.
-
-    Raises:
-        OSError: for a configuration, a dataset or weights that are missing, or an output folder
-            that cannot be written to.
-        ValueError: for a key, a value, a position or a dataset name that does not exist; for data,
-            a model or weights that will not do; for a batch that cannot be divided; for processes
-            that cannot be started.
-    """
-    cfg = load_config(args.config_file, args.opts)
-    device = resolve_device(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu", args)
-    own = load_custom_datasets(cfg, args)
-    own.configure(cfg)
-    check_positions(cfg)
-    if not own.reports:
-        for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
-            check_dataset_registered(name)
-    preflight_check(cfg, args, device)
-    return CheckedCfg(cfg, device, own)

@@ -1,4 +1,4 @@
-"""When a run cannot start or go on: one sentence that says where, why and what to change."""
+"""Training hooks: error messages that say what to change, and bit-exact resuming."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ..data.train_loader import ResumableTrainLoader, seed_iteration
 from ..errors import TrainingError, is_out_of_memory
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_WINDOW = 20  # values of a scalar that detectron2's writers look back on
-# How fast a run is starts anew: detectron2 measures it from the third step on, and until then an
-# old value would get a line of its own in the metrics.
-_TIMES = ("time", "eta_seconds")
+_SMOOTHING_WINDOW = 20  # number of values over which detectron2's writers take a scalar's median
+# Scalars that are measured again: detectron2 measures them from the third iteration on, and until
+# then a restored value would get a line of its own in the metrics.
+_TIMING_SCALARS = ("time", "eta_seconds")
 
 
 class TrainingErrorHook(HookBase):
-    """Ends training, before a weight changes, when a loss is not finite; explains what ends it.
+    """Stops training at a loss that is not finite, and explains known errors.
 
-    It looks at what goes into the model and what comes out, so it works with any trainer, however
-    that takes its steps.
+    It observes the model's inputs and outputs, so it works with any trainer. A loss is checked
+    before any weight changes.
     """
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        self._pictures = ""
+        self._last_images = ""
 
     def before_train(self) -> None:
-        """Attach to the model."""
+        """Register the hooks on the model."""
         model = self.trainer.model
         self._handles = [
             model.register_forward_pre_hook(self._before),
@@ -47,15 +47,14 @@ class TrainingErrorHook(HookBase):
         ]
 
     def after_train(self) -> None:
-        """AttentionQuery no more."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
     def _before(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if model.training:
-            self._pictures = ", ".join(
-                str(picture.get("file_name", picture.get("image_id", "without a name")))
-                for picture in inputs[0]
+            self._last_images = ", ".join(
+                str(image.get("file_name", image.get("image_id", "unnamed"))) for image in inputs[0]
             )
 
     def _after(self, model: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
@@ -67,138 +66,149 @@ class TrainingErrorHook(HookBase):
             raise FloatingPointError(f"The loss is not finite: {terms}.")
 
     @contextmanager
-    def explains(self, checkpointer: AtomicCheckpointer) -> Iterator[None]:
-        """Say what ends training inside in one sentence, where one is known; in the log as well.
+    def report_errors(self, checkpointer: AtomicCheckpointer) -> Iterator[None]:
+        """Replace known errors within the body by a `TrainingError`, also in the log.
+
+        Args:
+            checkpointer: Checkpointer of the run; the message names its last checkpoint.
 
         Raises:
-            TrainingError: for full memory, a full disk, a picture that cannot be used, and losses
-                or weights that are not finite.
+            TrainingError: If memory is exhausted, the disk is full, an image cannot be loaded, or
+                losses or weights are not finite.
         """
 
         def without_traceback(record: logging.LogRecord) -> bool:
-            sentence = record.exc_info and self._explain(record.exc_info[1], checkpointer)
-            if sentence:
-                record.msg, record.exc_info = sentence, None
+            message = record.exc_info and self._explain(record.exc_info[1], checkpointer)
+            if message:
+                record.msg, record.exc_info = message, None
             return True
 
-        logger = logging.getLogger(TrainerBase.__module__)  # it logs what ends training
+        logger = logging.getLogger(TrainerBase.__module__)  # it logs the error that ends training
         logger.addFilter(without_traceback)
         try:
             yield
         except Exception as error:
-            sentence = self._explain(error, checkpointer)
-            if sentence is None:
+            message = self._explain(error, checkpointer)
+            if message is None:
                 raise
-            raise TrainingError(sentence) from error
+            raise TrainingError(message) from error
         finally:
             logger.removeFilter(without_traceback)
 
     def _explain(
         self, error: Optional[BaseException], checkpointer: AtomicCheckpointer
     ) -> Optional[str]:
-        """What an error, or the one that it came from, means; None if that is not known."""
+        """Return the message for an error or its cause; None if neither is a known one."""
         while error is not None and (reason := self._reason(error, checkpointer.model)) is None:
             error = error.__cause__ or error.__context__
         if error is None:
             return None
-        kept = "No checkpoint was written yet."
+        kept = "No checkpoint has been written yet."
         if checkpointer.has_checkpoint():
-            kept = f"{checkpointer.get_checkpoint_file()} is kept; --resume goes on from it."
+            kept = f"{checkpointer.get_checkpoint_file()} is kept; --resume continues from it."
         return f"Training stopped at iteration {self.trainer.iter}. {reason} {kept}"
 
     def _reason(self, error: BaseException, model: nn.Module) -> Optional[str]:
-        said = str(error) or type(error).__name__
+        text = str(error) or type(error).__name__
         if isinstance(error, FloatingPointError):
-            return f"{said} {self._seen()} {self._advice(model)}"
+            return f"{text} {self._images_seen()} {self._divergence_hint(model)}"
         if isinstance(error, TrainingError):
-            return said
+            return text
         if is_out_of_memory(error):
             return (
-                f"Memory is full: {said.splitlines()[0]} {self._seen()} Take fewer pictures at "
-                f"once (SOLVER.IMS_PER_BATCH, or more SOLVER.ACCUMULATION_STEPS), smaller ones "
-                f"(INPUT.MIN_SIZE_TRAIN, INPUT.MAX_SIZE_TRAIN), MODEL.NONLOCAL.SUBSAMPLE True or "
-                f"SOLVER.AMP.ENABLED True; on the CPU also fewer DATALOADER.NUM_WORKERS."
+                f"Out of memory: {text.splitlines()[0]} {self._images_seen()} Use fewer images per "
+                f"micro-batch (SOLVER.IMS_PER_BATCH, or more SOLVER.ACCUMULATION_STEPS), smaller "
+                f"images (INPUT.MIN_SIZE_TRAIN, INPUT.MAX_SIZE_TRAIN), MODEL.NONLOCAL.SUBSAMPLE "
+                f"True or SOLVER.AMP.ENABLED True; on the CPU also fewer DATALOADER.NUM_WORKERS."
             )
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return (
-                f"A file could not be written to the end: {said}. Make room, or write fewer "
+                f"A file could not be written completely: {text}. Free disk space, or write fewer "
                 f"checkpoints (SOLVER.CHECKPOINT_PERIOD), or to another disk (OUTPUT_DIR)."
             )
         return None
 
-    def _seen(self) -> str:
-        process = f"process {comm.get_rank()}" if comm.get_world_size() > 1 else "the model"
-        return f"The last pictures that {process} saw: {self._pictures or 'none yet'}."
+    def _images_seen(self) -> str:
+        where = f"on rank {comm.get_rank()}" if comm.get_world_size() > 1 else "in the model"
+        return f"The last images {where}: {self._last_images or 'none yet'}."
 
-    def _advice(self, model: nn.Module) -> str:
-        wrong = nonfinite_parameters(model)
-        why = (
-            f"Weights are not finite, {wrong[0]} for one, so that an earlier gradient was not."
-            if wrong
-            else "Weights are finite: look at the annotations of those pictures."
+    def _divergence_hint(self, model: nn.Module) -> str:
+        nonfinite = nonfinite_parameters(model)
+        cause = (
+            f"Weights are not finite ({nonfinite[0]}, for example), so an earlier gradient was not."
+            if nonfinite
+            else "Weights are finite: check the annotations of those images."
         )
         return (
-            f"{why} A lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or "
+            f"{cause} A lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or "
             f"SOLVER.CLIP_GRADIENTS.ENABLED True may help."
         )
 
 
 class ResumeHook(HookBase):
-    """Makes a run that is resumed give, to the bit, what one that was never stopped gives.
+    """Makes a resumed run bit-exact with one that was never stopped.
 
-    Weights, optimiser and schedule are in detectron2's checkpoints. This adds the pictures, the
-    random draws of every step, and ``metrics.json``: each iteration is in it once. What was due
-    after a checkpoint, evaluation for one, and was cut short, is done when training goes on.
+    Weights, optimizer and schedule are in detectron2's checkpoints. This hook also restores data
+    order and per-iteration random numbers, and truncates ``metrics.json`` so that every iteration
+    appears once. Hooks interrupted right after a checkpoint, such as evaluation, are re-run.
 
     Args:
-        stream: what training iterates over; another kind of loader begins anew.
-        seed: of the steps' draws; the same in all processes.
-        folder: of ``metrics.json``.
-        later: the hooks that act after the one that saves checkpoints. This one comes after them.
+        train_loader: Training loader; one that is not resumable restarts from the beginning.
+        seed: Seed of the random numbers of each iteration; the same on all ranks.
+        output_dir: Directory of ``metrics.json``.
+        hooks_after_checkpoint: Hooks that run after the one that saves checkpoints, and before this
+            one.
 
     Attributes:
-        resumes: whether this run goes on with what the folder holds; otherwise that is left alone.
+        is_resumed: Whether this run resumes the one in the output directory; if not, its
+            ``metrics.json`` is not truncated.
     """
 
-    def __init__(self, stream: Any, seed: int, folder: str, later: list[HookBase]) -> None:
-        self._stream = stream
+    def __init__(
+        self,
+        train_loader: Any,
+        seed: int,
+        output_dir: str,
+        hooks_after_checkpoint: list[HookBase],
+    ) -> None:
+        self._train_loader = train_loader
         self._seed = seed
-        self._metrics = os.path.join(folder, "metrics.json")
-        self._later = later
+        self._metrics_file = os.path.join(output_dir, "metrics.json")
+        self._hooks_after_checkpoint = hooks_after_checkpoint
         self._scalars: dict[str, Any] = {}
-        self.resumes = False
+        self.is_resumed = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The last values of all scalars, for the medians in the next line of the metrics."""
+        """Return the latest values of all scalars, for the medians in the next line of metrics."""
         storage = self.trainer.storage
         hints = storage.smoothing_hints()
         return {
             "scalars": {
-                name: {"values": history.values()[-_WINDOW:], "smoothing": hints[name]}
+                name: {"values": history.values()[-_SMOOTHING_WINDOW:], "smoothing": hints[name]}
                 for name, history in storage.histories().items()
-                if name not in _TIMES
+                if name not in _TIMING_SCALARS
             }
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep them until training starts."""
+        """Keep the scalars until training starts."""
         self._scalars = state["scalars"]
 
     def before_train(self) -> None:
-        """Go to the place in the data; mend the metrics."""
+        """Restore data order, metrics and scalars, and re-run interrupted hooks."""
         start = self.trainer.start_iter
-        if isinstance(self._stream, ResumableTrainLoader):
-            self._stream.start = start
-        if not self.resumes:
+        if isinstance(self._train_loader, ResumableTrainLoader):
+            self._train_loader.start_batch = start
+        if not self.is_resumed:
             return
-        last = truncate_metrics(self._metrics, start) if comm.is_main_process() else None
+        last = truncate_metrics(self._metrics_file, start) if comm.is_main_process() else None
         last = comm.all_gather(last)[0]
         if start:
-            self._recall(start - 1, -1 if last is None else last)
-            self._finish(start - 1, last)
+            self._restore_scalars(start - 1, -1 if last is None else last)
+            self._rerun_pending_hooks(start - 1, last)
 
-    def _recall(self, iteration: int, written: int) -> None:
-        """Put back scalars of the last iteration, and older ones that were not written yet."""
+    def _restore_scalars(self, iteration: int, written: int) -> None:
+        """Restore scalars of the last iteration, and older ones that were not written yet."""
         storage = self.trainer.storage
         for name, scalar in self._scalars.items():
             newest = scalar["values"][-1][1]
@@ -207,42 +217,46 @@ class ResumeHook(HookBase):
                     storage.iter = put_at
                     storage.put_scalar(name, value, smoothing_hint=scalar["smoothing"])
 
-    def _finish(self, iteration: int, written: Optional[int]) -> None:
-        """Do what was due after the checkpoint of an iteration, unless it was done."""
-        # Where no iteration is left, the trainer counts on from here.
+    def _rerun_pending_hooks(self, iteration: int, written: Optional[int]) -> None:
+        """Run the hooks after the checkpoint of an iteration, unless its metrics were written."""
+        # If no iteration is left, the trainer continues counting from here.
         self.trainer.iter = self.trainer.storage.iter = iteration
         if written != iteration:
-            for hook in self._later:
+            for hook in self._hooks_after_checkpoint:
                 hook.after_step()
 
     def before_step(self) -> None:
-        """Let the step draw what belongs to its iteration."""
+        """Seed the random number generators for the iteration."""
         seed_iteration(self._seed, self.trainer.iter)
 
 
 def truncate_metrics(path: str, start: int) -> Optional[int]:
-    """Cut from ``metrics.json`` what comes after the last line of an iteration before ``start``.
+    """Truncate ``metrics.json`` after its last line of an iteration before ``start``.
 
-    In place: detectron2 has opened it already, to append.
+    The file is changed in place: detectron2 has opened it already, to append.
+
+    Args:
+        path: Path of the file, which need not exist.
+        start: First iteration of the resumed run.
 
     Returns:
-        The iteration of that line; None if there is none.
+        Iteration of the last line that remains; None if none does.
     """
     if not os.path.isfile(path):
         return None
-    last, end, position = None, 0, 0
+    last, end, offset = None, 0, 0
     with open(path, "rb+") as file:
         for line in file:
-            position += len(line)
+            offset += len(line)
             iteration = _iteration(line)
             if iteration is not None and iteration < start:
-                last, end = iteration, position
+                last, end = iteration, offset
         file.truncate(end)
     return last
 
 
 def _iteration(line: bytes) -> Optional[int]:
-    """That of a whole line; None of one whose writing was cut short."""
+    """Return the iteration of a line; None if the line is incomplete."""
     try:
         return json.loads(line)["iteration"] if line.endswith(b"\n") else None
     except ValueError:

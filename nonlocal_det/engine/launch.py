@@ -1,4 +1,4 @@
-"""Many processes: started by torchrun or by detectron2's flags, joined by NCCL or by gloo."""
+"""Distributed training: processes by torchrun or detectron2's flags, with NCCL or gloo."""
 
 from __future__ import annotations
 
@@ -22,45 +22,50 @@ from ..modeling.sync_batchnorm import convert_sync_batchnorm_for_cpu
 
 
 def local_world_size_of(args: Namespace) -> int:
-    """Processes on this machine, by torchrun or by detectron2's flags."""
+    """Return the number of processes on this machine, by torchrun or detectron2's flags."""
     if dist.is_torchelastic_launched():
         return int(os.environ["LOCAL_WORLD_SIZE"])
     return max(args.num_gpus, 1)
 
 
 def world_size_of(args: Namespace) -> int:
-    """Processes on all machines."""
+    """Return the number of processes on all machines, by torchrun or detectron2's flags."""
     if dist.is_torchelastic_launched():
         return int(os.environ["WORLD_SIZE"])
     return local_world_size_of(args) * args.num_machines
 
 
-def resolve_device(asked: str, on_cpu: str, args: Namespace) -> str:
-    """The device asked for; or "cpu", where that is "cuda", one process is to run, and no GPU is.
+def resolve_device(requested: str, cpu_hint: str, args: Namespace) -> str:
+    """Choose the device of all processes.
 
     Args:
-        asked: "cuda", "cpu" or another that torch knows.
-        on_cpu: how to ask for "cpu", for the message.
-        args: detectron2's standard arguments.
+        requested: Device of the config, such as "cuda" or "cpu".
+        cpu_hint: Override that requests the CPU, for the error message.
+        args: detectron2's standard flags.
+
+    Returns:
+        The requested device; "cpu" in place of "cuda" if there is no GPU and either torchrun or
+        a single process runs.
 
     Raises:
-        ValueError: if GPUs are asked for and there are too few, or if machines cannot meet.
+        ValueError: If there are too few GPUs, or if flags for several machines are missing.
     """
-    _check_machines(args)
-    count, gpus = local_world_size_of(args), torch.cuda.device_count()
+    _check_machine_flags(args)
+    local_world_size, gpus = local_world_size_of(args), torch.cuda.device_count()
     by_torchrun = dist.is_torchelastic_launched()
-    if asked != "cuda" or gpus >= count:
-        return asked
-    if gpus == 0 and (by_torchrun or count == 1):
+    if requested != "cuda" or gpus >= local_world_size:
+        return requested
+    if gpus == 0 and (by_torchrun or local_world_size == 1):
         return "cpu"
     flag = "--nproc_per_node" if by_torchrun else "--num-gpus"
     raise ValueError(
-        f"{flag} {count} asks for {count} GPUs on this machine, which has {gpus or 'none'}: write "
-        f"{flag} {max(gpus, 1)}, or add {on_cpu} for {count} processes on CPUs."
+        f"{flag} {local_world_size} needs {local_world_size} GPUs on this machine, which has "
+        f"{gpus or 'none'}: use {flag} {max(gpus, 1)}, or add {cpu_hint} for {local_world_size} "
+        f"processes on CPUs."
     )
 
 
-def _check_machines(args: Namespace) -> None:
+def _check_machine_flags(args: Namespace) -> None:
     if dist.is_torchelastic_launched() or args.num_machines == 1:
         return
     if args.machine_rank not in range(args.num_machines):
@@ -76,45 +81,54 @@ def _check_machines(args: Namespace) -> None:
 
 
 class _Group(NamedTuple):
-    """Where the processes of one machine meet all others."""
+    """The process group, as the processes of one machine see it.
+
+    Attributes:
+        url: Address at which the processes find each other.
+        world_size: Number of processes on all machines.
+        local_world_size: Number of processes on this machine.
+        first_rank: Rank of this machine's first process.
+    """
 
     url: str
-    size: int  # processes on all machines
-    local_size: int  # processes on this machine
-    first: int  # the rank of this machine's first process
+    world_size: int
+    local_world_size: int
+    first_rank: int
 
 
 def launch(main: Callable[[Namespace], Any], args: Namespace, device: Callable[[], str]) -> Any:
-    """Call ``main(args)`` in every process that torchrun, or else detectron2's flags, ask for.
+    """Call ``main(args)`` in every process that torchrun or detectron2's flags request.
 
-    Under torchrun this process is one of them already. Otherwise ``--num-gpus`` processes start
-    here, and when one of them fails the others are ended.
+    Under torchrun this is one of those processes. Otherwise ``--num-gpus`` processes are spawned,
+    and if one of them fails the others are terminated.
 
     Args:
-        main: of a script's top level, since new processes import it.
-        args: detectron2's standard arguments.
-        device: gives that of all processes: "cuda", with a GPU for each of this machine, or "cpu".
-            It is called before any other process starts, so that one alone says what is wrong with
-            the arguments. A single process is left to ``main``.
+        main: Function at the top level of a module, since spawned processes import it.
+        args: detectron2's standard flags.
+        device: Function that checks the arguments and returns the device of all processes, "cuda"
+            (one GPU per process of this machine) or "cpu". It is called before other processes
+            start, so that an error is reported once. It is not called for a single process, where
+            ``main`` checks the arguments.
 
     Returns:
-        What ``main`` returns, where it runs in this process.
+        The result of ``main``, if it runs in this process.
     """
-    size, here = world_size_of(args), local_world_size_of(args)
+    world_size, local_world_size = world_size_of(args), local_world_size_of(args)
     by_torchrun = dist.is_torchelastic_launched()
-    if size == 1 and not by_torchrun:
+    if world_size == 1 and not by_torchrun:
         return main(args)
     with exit_on_error():
         name = device()
     if by_torchrun:
         rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-        group = _Group("env://", size, here, rank - local_rank)
-        return _process(local_rank, group, name, main, args)
-    group = _Group(_url(args), size, here, args.machine_rank * here)
+        group = _Group("env://", world_size, local_world_size, rank - local_rank)
+        return _run_process(local_rank, group, name, main, args)
+    first_rank = args.machine_rank * local_world_size
+    group = _Group(_url(args), world_size, local_world_size, first_rank)
     try:
-        mp.spawn(_process, (group, name, main, args), nprocs=here)
+        mp.spawn(_run_process, (group, name, main, args), nprocs=local_world_size)
     except mp.ProcessExitedException as error:
-        # A process that ends with 1 has said why.
+        # A process with exit code 1 has printed its error message.
         sys.exit(1 if error.exit_code == 1 else str(error))
 
 
@@ -126,65 +140,72 @@ def _url(args: Namespace) -> str:
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
-def _process(
+def _run_process(
     local_rank: int,
     group: _Group,
     device: str,
     main: Callable[[Namespace], Any],
     args: Namespace,
 ) -> Any:
-    """Join the group, call ``main(args)``, and leave."""
+    """Join the process group, call ``main(args)``, and leave the group."""
     if device == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // group.local_size))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // group.local_world_size))
     else:
         torch.cuda.set_device(local_rank)
     with exit_on_error():
-        _join(local_rank, group, "gloo" if device == "cpu" else "nccl")
+        _join_group(local_rank, group, "gloo" if device == "cpu" else "nccl")
     result = main(args)
     dist.destroy_process_group()
     return result
 
 
-def _join(local_rank: int, group: _Group, backend: str) -> None:
+def _join_group(local_rank: int, group: _Group, backend: str) -> None:
     try:
         dist.init_process_group(
             backend,
             init_method=group.url,
-            world_size=group.size,
-            rank=group.first + local_rank,
+            world_size=group.world_size,
+            rank=group.first_rank + local_rank,
             timeout=DEFAULT_TIMEOUT,
         )
     except dist.DistError as error:
         raise OSError(
-            f"The processes cannot meet at {group.url}. Where another run uses that address, give "
-            f"a free one by --dist-url, or on one machine --dist-url auto. {error}".splitlines()[0]
+            f"Process group initialization failed at {group.url}. If another run uses that "
+            f"address, pass a free one by --dist-url, or on one machine --dist-url auto. "
+            f"{error}".splitlines()[0]
         ) from error
     # What detectron2's own launch sets; 0.5 has no public name for it.
-    comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups(group.local_size)
+    comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups(group.local_world_size)
 
 
 class SkipEvalOnErrorMixin(TrainerBase):
-    """A trainer that does not evaluate after an error: the other processes would not join in.
+    """Mixin that skips the final `EvalHook` if the last iteration raised.
 
-    For what detectron2's own does where the last iteration fails, and only then.
+    detectron2 would run the final evaluation in that case, which can hang distributed runs because
+    the other ranks do not evaluate.
     """
 
     def after_train(self) -> None:
-        """Let the hooks end."""
-        if self.iter < self.max_iter:  # else the last iteration is done
+        """Call the hooks, without evaluation unless the last iteration is done."""
+        if self.iter < self.max_iter:
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, EvalHook)]
         super().after_train()
 
 
 def wrap_ddp(model: nn.Module, **options: Any) -> nn.Module:
-    """Make the model one of all processes; on CPUs, with norms that run there.
+    """Wrap a model in DistributedDataParallel if there are several processes.
+
+    On CPUs, SyncBN layers are replaced by ones that run there.
 
     Args:
-        model: on its device.
-        options: of detectron2's ``create_ddp_model``, used where there are several processes.
+        model: Model on its device.
+        options: Keyword arguments of DistributedDataParallel.
+
+    Returns:
+        The wrapped model, or the model itself for a single process.
     """
     if next(model.parameters()).device.type != "cpu":
         return create_ddp_model(model, **options)
-    # On CPUs, no device is a process's own.
+    # On CPUs, no process has a device of its own.
     return create_ddp_model(convert_sync_batchnorm_for_cpu(model), device_ids=None, **options)

@@ -1,4 +1,4 @@
-"""What can be seen before a run starts: all that would stop it once it has begun to write."""
+"""Preflight checks: detect, before anything is written, what would stop a run later."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 import os
 import traceback
 import warnings
-from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Union
 
 import torch
 import torch.nn as nn
@@ -17,51 +17,137 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig
 
 from ..checkpoint.detection_checkpoint import LoadReport, NonLocalCheckpointer
 from ..errors import summarize_error
+from ..modeling.supported_positions import check_positions
 from ..utils.file_io import ensure_writable_dir
 from ..utils.validation import check_positive_int
 from .custom_data import TRAIN, VAL
-from .launch import world_size_of
 from .train_loop import resolve_amp_dtype
 from .trainer import Trainer
 
+# Names of the datasets that --train-json and --val-json give; "own_*" in configs of older runs.
+_CUSTOM_DATASETS = (TRAIN, VAL, "own_train", "own_val")
 
-def preflight_check(cfg: CfgNode, args: Namespace, device: str) -> None:
-    """See that a run can start on a device, before anything is written.
+
+def preflight_check(
+    cfg: CfgNode,
+    device: str,
+    world_size: int,
+    *,
+    eval_only: bool = False,
+    resume: bool = False,
+    valid_datasets: Collection[str] = (),
+) -> None:
+    """Check that training or evaluation with a YAML config can start.
+
+    Args:
+        cfg: Config of the run.
+        device: Device to run on.
+        world_size: Number of processes on all machines.
+        eval_only: Whether the run only evaluates.
+        resume: Whether the run resumes from its last checkpoint, if there is one.
+        valid_datasets: Names of datasets that need no check.
 
     Raises:
-        OSError: if a file or folder is not there, or not what it must be.
-        ValueError: if anything else will not do.
+        OSError: If a file or directory is missing or not usable.
+        ValueError: If any setting is not valid.
     """
-    needed = "TEST" if args.eval_only else "TRAIN"
-    if not cfg.DATASETS[needed]:
-        raise ValueError(f"DATASETS.{needed} is empty; it must name a dataset.")
+    check_positions(cfg)
+    split = "TEST" if eval_only else "TRAIN"
+    if not cfg.DATASETS[split]:
+        raise ValueError(f"DATASETS.{split} is empty; it must name a dataset.")
+    for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+        if name not in valid_datasets:
+            check_dataset_registered(name)
     check_device(device)
-    if not args.eval_only:
-        _check_solver(cfg, world_size_of(args), device)
+    if not eval_only:
+        _check_solver(cfg, world_size, device)
     model = build_on_meta_device(cfg)
-    _build_solver(cfg, model)
+    _check_schedule(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         _check_augmentation(cfg, model)
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if not (args.resume and os.path.exists(last)):
-        check_weights(cfg.MODEL.WEIGHTS, model, require_complete=args.eval_only)
+    if not (resume and os.path.exists(last)):
+        check_weights(cfg.MODEL.WEIGHTS, model, require_complete=eval_only)
     ensure_writable_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
 
 
-def _check_solver(cfg: CfgNode, processes: int, device: str) -> None:
+def preflight_check_lazy(
+    cfg: DictConfig, device: str, world_size: int, *, eval_only: bool = False
+) -> None:
+    """Check that training or evaluation with a LazyConfig can start, except for its model.
+
+    Args:
+        cfg: Config of the run.
+        device: Device to run on.
+        world_size: Number of processes on all machines.
+        eval_only: Whether the run only evaluates.
+
+    Raises:
+        OSError: If a dataset is missing or the output directory is not writable.
+        ValueError: If a setting is not valid.
+    """
+    train, data = cfg.train, cfg.dataloader
+    for loader in (data.test,) if eval_only else (data.train, data.test):
+        for name in _as_list(loader.dataset.names):
+            check_dataset_registered(name)
+    check_device(device, "train.device")
+    resolve_amp_dtype(train.amp.enabled, train.amp.dtype, "train.amp.dtype", device)
+    if not eval_only:
+        check_batch_size(
+            data.train.total_batch_size,
+            train.accumulation_steps,
+            world_size,
+            keys=("dataloader.train.total_batch_size", "train.accumulation_steps"),
+        )
+    ensure_writable_dir(train.output_dir, "train.output_dir")
+
+
+def _as_list(names: Union[str, Iterable[str]]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _check_solver(cfg: CfgNode, world_size: int, device: str) -> None:
     solver = cfg.SOLVER
     check_positive_int("SOLVER.MAX_ITER", solver.MAX_ITER)
-    if solver.AMP.ENABLED:
-        resolve_amp_dtype("SOLVER.AMP.DTYPE", solver.AMP.DTYPE, device)
-    pictures = Trainer.auto_scale_workers(cfg, processes).SOLVER.IMS_PER_BATCH
-    passes = {"SOLVER.ACCUMULATION_STEPS": solver.ACCUMULATION_STEPS}
-    check_batch_size({"SOLVER.IMS_PER_BATCH": pictures}, passes, processes)
+    images_per_batch = Trainer.auto_scale_workers(cfg, world_size).SOLVER.IMS_PER_BATCH
+    check_batch_size(images_per_batch, solver.ACCUMULATION_STEPS, world_size)
+    resolve_amp_dtype(solver.AMP.ENABLED, solver.AMP.DTYPE, "SOLVER.AMP.DTYPE", device)
 
 
-def _build_solver(cfg: CfgNode, model: nn.Module) -> None:
+def check_batch_size(
+    images_per_batch: int,
+    accumulation_steps: int,
+    world_size: int,
+    *,
+    keys: tuple[str, str] = ("SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATION_STEPS"),
+) -> None:
+    """Check that a batch can be divided among processes and their micro-batches.
+
+    Args:
+        images_per_batch: Number of images per optimizer step, in all processes.
+        accumulation_steps: Number of micro-batches per optimizer step in each process.
+        world_size: Number of processes on all machines.
+        keys: Config keys of the first two, for the error message.
+
+    Raises:
+        ValueError: If it cannot; the message gives the numbers.
+    """
+    check_positive_int(keys[0], images_per_batch)
+    check_positive_int(keys[1], accumulation_steps)
+    parts = world_size * accumulation_steps
+    if images_per_batch % parts:
+        raise ValueError(
+            f"{keys[0]} is {images_per_batch}; it must be a multiple of {parts}, the number of "
+            f"processes, {world_size}, times {keys[1]}, {accumulation_steps}."
+        )
+
+
+def _check_schedule(cfg: CfgNode, model: nn.Module) -> None:
+    """Check that optimizer and learning rate schedule can be built."""
     optimizer = Trainer.build_optimizer(cfg, model)
     try:
         Trainer.build_lr_scheduler(cfg, optimizer)
@@ -74,104 +160,97 @@ def _build_solver(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def _check_augmentation(cfg: CfgNode, model: nn.Module) -> None:
-    """See that detectron2's test-time augmentation can do with a model."""
+    """Check that detectron2's test-time augmentation supports the model."""
     if cfg.MODEL.KEYPOINT_ON:
         raise ValueError(
-            "TEST.AUG.ENABLED and MODEL.KEYPOINT_ON are both True, and detectron2's test-time "
-            "augmentation is for boxes and masks alone; set TEST.AUG.ENABLED to False."
+            "TEST.AUG.ENABLED and MODEL.KEYPOINT_ON are both True, but detectron2's test-time "
+            "augmentation supports boxes and masks only; set TEST.AUG.ENABLED to False."
         )
     if not isinstance(model, GeneralizedRCNN):
         raise ValueError(
-            f"TEST.AUG.ENABLED is True, and detectron2's test-time augmentation is for "
-            f"MODEL.META_ARCHITECTURE 'GeneralizedRCNN', which {cfg.MODEL.META_ARCHITECTURE!r} is "
-            f"not; set TEST.AUG.ENABLED to False."
-        )
-
-
-def check_batch_size(pictures: dict[str, int], passes: dict[str, int], processes: int) -> None:
-    """See that a step's pictures can be divided between processes and their passes.
-
-    Args:
-        pictures: their number, under its key.
-        passes: the number of each process's passes, under its key.
-        processes: on all machines.
-
-    Raises:
-        ValueError: with the numbers, if not.
-    """
-    (key, total), (pass_key, each) = *pictures.items(), *passes.items()
-    check_positive_int(key, total)
-    check_positive_int(pass_key, each)
-    if total % (processes * each):
-        raise ValueError(
-            f"{key} is {total}; it must be a multiple of {processes * each}, the number of "
-            f"processes, {processes}, times {pass_key}, {each}."
+            f"TEST.AUG.ENABLED is True, but detectron2's test-time augmentation supports only "
+            f"MODEL.META_ARCHITECTURE 'GeneralizedRCNN', not {cfg.MODEL.META_ARCHITECTURE!r}; set "
+            f"TEST.AUG.ENABLED to False."
         )
 
 
 def check_dataset_registered(name: str) -> None:
-    """See that a dataset is registered and its files are there.
+    """Check that a dataset is registered and its files exist.
+
+    Args:
+        name: Name of the dataset.
 
     Raises:
-        ValueError: if no dataset has that name.
-        FileNotFoundError: with the file or folder that is missing.
+        ValueError: If no dataset has that name; the message gives similar names.
+        FileNotFoundError: If its annotation file or image root is missing.
     """
     if name not in DatasetCatalog.list():
-        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=4, cutoff=0.4)
-        hint = f" The nearest names are {', '.join(near)}." if near else ""
-        if name in (TRAIN, VAL):
-            hint = " It is that of your own data: give --train-json and --val-json again."
+        similar = difflib.get_close_matches(name, DatasetCatalog.list(), n=4, cutoff=0.4)
+        hint = f" The nearest names are {', '.join(similar)}." if similar else ""
+        if name in _CUSTOM_DATASETS:
+            hint = " It was given on the command line: pass --train-json and --val-json again."
         raise ValueError(f"There is no dataset {name!r}.{hint}")
     metadata = MetadataCatalog.get(name)
     for key in ("json_file", "image_root"):
         path = metadata.get(key)
         if path and not os.path.exists(PathManager.get_local_path(path)):
             raise FileNotFoundError(
-                f"Dataset {name!r} needs {path!r}, which does not exist. The folder that holds all "
+                f"Dataset {name!r} needs {path!r}, which does not exist. The directory of all "
                 f"datasets is given by the environment variable DETECTRON2_DATASETS, now "
                 f"{os.environ.get('DETECTRON2_DATASETS', 'datasets')!r}."
             )
 
 
 def check_device(name: str, key: str = "MODEL.DEVICE") -> None:
-    """See that a device is there.
+    """Check that a device is available.
+
+    Args:
+        name: Name of the device, such as "cuda:0".
+        key: Config key of the device, for the error message.
 
     Raises:
-        ValueError: if not.
+        ValueError: If the device is not available; the message lists those that are.
     """
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         gpus = torch.cuda.device_count()
-        have = ", ".join(["'cpu'", *(f"'cuda:{gpu}'" for gpu in range(gpus))])
+        available = ", ".join(["'cpu'", *(f"'cuda:{gpu}'" for gpu in range(gpus))])
         raise ValueError(
-            f"{key} is {name!r}, which is not on this machine; there is {have}."
+            f"{key} is {name!r}, which is not available on this machine; available: {available}."
         ) from error
 
 
 def check_inference_cfg(cfg: CfgNode) -> None:
-    """See that a model can be built, and that its weights make it whole, on a device that is there.
+    """Check that a config's device is available, its model can be built, and its weights fit it.
+
+    Args:
+        cfg: Config for inference.
 
     Raises:
-        FileNotFoundError: if there are no such weights.
-        ValueError: if anything else will not do.
+        FileNotFoundError: If the weights do not exist.
+        ValueError: If anything else is not valid.
     """
     check_device(cfg.MODEL.DEVICE)
     check_weights(cfg.MODEL.WEIGHTS, build_on_meta_device(cfg), require_complete=True)
 
 
 def build_on_meta_device(cfg: CfgNode) -> nn.Module:
-    """Build a configuration's model, without the memory for it.
+    """Build a config's model without allocating memory for its parameters.
+
+    A model that reads tensor values while it is built is built on the CPU.
+
+    Args:
+        cfg: Config of the model.
 
     Raises:
-        ValueError: with what keeps detectron2 from building it.
+        ValueError: If detectron2 cannot build the model; the message gives the cause.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    # A model that reads numbers of its own while it is built needs them: it is built for real.
     for cfg.MODEL.DEVICE in ("meta", "cpu"):
         try:
-            with torch.device(cfg.MODEL.DEVICE), _quietly():
+            with torch.device(cfg.MODEL.DEVICE), _silenced():
                 return build_model(cfg)
         except ValueError:
             raise
@@ -179,44 +258,44 @@ def build_on_meta_device(cfg: CfgNode) -> nn.Module:
             failure = error
     frames = traceback.extract_tb(failure.__traceback__)
     where = [frame for frame in frames if f"{os.sep}detectron2{os.sep}" in frame.filename][-1:]
-    place = f", at `{where[0].line}` in {os.path.basename(where[0].filename)}" if where else ""
+    line = f", at `{where[0].line}` in {os.path.basename(where[0].filename)}" if where else ""
     raise ValueError(
-        f"The model of this configuration cannot be built: {summarize_error(failure)}{place}."
+        f"The model of this configuration cannot be built: {summarize_error(failure)}{line}."
     ) from failure
 
 
 def check_weights(path: str, model: nn.Module, *, require_complete: bool) -> None:
-    """See that a checkpoint on this machine can be read and fits a model.
+    """Check that a local checkpoint can be read and matches a model.
 
     Args:
-        path: ``MODEL.WEIGHTS``; an address elsewhere is left to the run.
-        model: loads it, so far as it has memory.
-        require_complete: whether the model must be whole afterwards, but for new blocks.
+        path: Path of the checkpoint, ``MODEL.WEIGHTS``; a URL is not checked.
+        model: Model that the checkpoint is loaded into, as far as it has memory.
+        require_complete: Whether the checkpoint must have all tensors except those of new blocks.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, if nothing of it fits, or if the model would not be whole.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, if none of its tensors matches, or if tensors are missing
+            that are required.
     """
     if not path or "://" in path:
         return
     if not os.path.isfile(path):
         raise FileNotFoundError(f"MODEL.WEIGHTS is {path!r}, which is not a file.")
-    with _quietly():
+    with _silenced():
         report = _load(path, model)
-    # torch makes up the counters where a checkpoint has none.
+    # torch adds these counters where a checkpoint has none.
     if all(name.endswith("num_batches_tracked") for name in report.loaded):
         raise ValueError(
-            f"Nothing of MODEL.WEIGHTS {path!r} fits this model, by name and shape: it is of "
-            f"another model ({_few(report.unexpected_keys | report.incorrect_shapes)}); this one "
-            f"has "
-            f"{_few(model.state_dict().keys())}"
+            f"No tensor in MODEL.WEIGHTS {path!r} matches this model by name and shape. The "
+            f"checkpoint has {_excerpt(report.unexpected_keys | report.incorrect_shapes)}; the "
+            f"model expects {_excerpt(model.state_dict().keys())}."
         )
     lacking = [*report.incorrect_shapes, *report.missing_keys]
     if require_complete and lacking:
         raise ValueError(
-            f"MODEL.WEIGHTS {path!r} is of another model: {len(lacking)} tensors of this model are "
-            f"not in it, or of another shape ({_few(lacking)}), and evaluating random ones means "
-            f"nothing."
+            f"MODEL.WEIGHTS {path!r} does not match this model: {len(lacking)} tensors are missing "
+            f"or have another shape ({_excerpt(lacking)}). Evaluation would use randomly "
+            f"initialized weights."
         )
 
 
@@ -233,8 +312,8 @@ def _load(path: str, model: nn.Module) -> LoadReport:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """What is said here will be said again by the run."""
+def _silenced() -> Iterator[None]:
+    """Suppress logs and warnings within the body: the run will repeat them."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -244,6 +323,6 @@ def _quietly() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _few(names: Iterable[str]) -> str:
+def _excerpt(names: Iterable[str]) -> str:
     listed = sorted(names)
     return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "") or "nothing"

@@ -1,4 +1,4 @@
-"""``run.json`` in the output folder: what is needed, beside ``config.yaml``, to repeat a run."""
+"""``run.json`` in the output directory: with ``config.yaml``, all that repeats a run."""
 
 from __future__ import annotations
 
@@ -26,42 +26,57 @@ RUN_INFO_FILE = "run.json"
 
 
 def read_run_info(folder: str) -> list[dict[str, Any]]:
-    """Read the starts of training in a folder, oldest first.
+    """Read the launches of training in an output directory, oldest first.
+
+    Args:
+        folder: Output directory.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: If its ``run.json`` is not a JSON list.
     """
     path = os.path.join(folder, RUN_INFO_FILE)
     if not os.path.exists(path):
         return []
     try:
         with open(path, encoding="utf-8") as file:
-            starts = json.load(file)
-        if isinstance(starts, list):
-            return starts
+            launches = json.load(file)
+        if isinstance(launches, list):
+            return launches
     except ValueError:
         pass
-    raise ValueError(f"{path} is no record of a run, a list in JSON: mend it, or move it away.")
+    raise ValueError(f"{path} is not a valid run.json (expected a JSON list); fix or move it.")
 
 
 def choose_seed(seed: int, folder: str, args: Namespace) -> int:
-    """The seed given; for training, if it is negative, that of the run that goes on, or a new one.
+    """Choose the seed of a run, the same on all ranks.
 
-    All processes get the same.
+    Args:
+        seed: Seed of the config; negative for none.
+        folder: Output directory.
+        args: detectron2's standard flags.
+
+    Returns:
+        The given seed. For training without one: the seed of the run that is resumed, or a new one.
     """
     if args.eval_only:
         return seed
     if seed < 0:
-        starts = read_run_info(folder) if args.resume else []
-        seed = starts[-1]["seed"] if starts else secrets.randbelow(2**31)
+        launches = read_run_info(folder) if args.resume else []
+        seed = launches[-1]["seed"] if launches else secrets.randbelow(2**31)
     return comm.all_gather(seed)[0]
 
 
 def append_run_info(folder: str, *, seed: int, resume: bool) -> None:
-    """Add this start of training to those of the folder, which exists. The main process does."""
+    """Append this launch of training to ``run.json``, on the main process.
+
+    Args:
+        folder: Output directory, which exists.
+        seed: Seed of the run.
+        resume: Whether the launch resumes the run.
+    """
     if not comm.is_main_process():
         return
-    start = {
+    info = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": [sys.executable, *sys.argv],
         "working_folder": os.getcwd(),
@@ -75,9 +90,9 @@ def append_run_info(folder: str, *, seed: int, resume: bool) -> None:
             "nonlocal_det": commit_of(os.path.dirname(nonlocal_det.__file__)),
         },
     }
-    starts = [*read_run_info(folder), start]
+    launches = [*read_run_info(folder), info]
     with atomic_write(os.path.join(folder, RUN_INFO_FILE)) as file:
-        json.dump(starts, file, indent=1)
+        json.dump(launches, file, indent=1)
         file.write("\n")
 
 
@@ -104,11 +119,15 @@ def _versions() -> dict[str, Optional[str]]:
 
 
 def commit_of(folder: str) -> Optional[dict[str, Any]]:
-    """The commit that a folder is at, and whether files differ from it; None outside of git."""
+    """Return the git commit of a directory, and whether files differ from it.
+
+    Returns:
+        A dict with "commit" and "dirty"; None outside of a git repository.
+    """
     describe = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run([*describe, "--exclude=*"], capture_output=True, text=True)
-    except OSError:  # no git
+    except OSError:  # git is not installed
         return None
     if done.returncode:
         return None

@@ -1,4 +1,4 @@
-"""detectron2's trainer, with our optimisers and pictures of attention, safe to stop and resume."""
+"""detectron2's DefaultTrainer, resumable, with more optimizers and attention maps."""
 
 from __future__ import annotations
 
@@ -35,18 +35,21 @@ from .hooks import ResumeHook, TrainingErrorHook
 from .launch import SkipEvalOnErrorMixin, wrap_ddp
 from .train_loop import GradAccumTrainer, resolve_amp_dtype
 
-# The hooks that act after the one that saves checkpoints.
-_AFTER_CHECKPOINTS = (hooks.EvalHook, hooks.PeriodicWriter, AttentionHook)
+# The hooks that run after the one that saves checkpoints.
+_AFTER_CHECKPOINT = (hooks.EvalHook, hooks.PeriodicWriter, AttentionHook)
 
 
 class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
-    """detectron2's trainer, evaluating by each dataset's ``evaluator_type``."""
+    """Subclass of detectron2's DefaultTrainer that evaluates by a dataset's ``evaluator_type``.
+
+    Args:
+        cfg: Config of the run.
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
-        """Put together what DefaultTrainer does, of our parts."""
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()  # as DefaultTrainer, where no script has done it
+            setup_logger()  # as DefaultTrainer does, if no script has
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -65,81 +68,83 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
     def build_inner_trainer(
         cls, cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer
     ) -> GradAccumTrainer:
-        """What ``SOLVER.ACCUMULATION_STEPS`` and ``SOLVER.AMP`` say of one step.
+        """Build the trainer of one iteration, by ``SOLVER.ACCUMULATION_STEPS`` and ``SOLVER.AMP``.
 
         Raises:
-            ValueError: for a dtype that the device cannot train in.
+            ValueError: If the device cannot train in the dtype of ``SOLVER.AMP``.
         """
-        amp, precision = cfg.SOLVER.AMP, None
-        if amp.ENABLED:
-            precision = resolve_amp_dtype("SOLVER.AMP.DTYPE", amp.DTYPE, cfg.MODEL.DEVICE)
-        passes = cfg.SOLVER.ACCUMULATION_STEPS
+        amp = cfg.SOLVER.AMP
         return GradAccumTrainer(
-            model, loader, optimizer, accumulation_steps=passes, precision=precision
+            model,
+            loader,
+            optimizer,
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+            precision=resolve_amp_dtype(
+                amp.ENABLED, amp.DTYPE, "SOLVER.AMP.DTYPE", cfg.MODEL.DEVICE
+            ),
         )
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Batches in an order that ``SEED`` decides, which a resumed run goes on with."""
+        """Build a resumable loader, whose order and augmentation ``SEED`` determines."""
         mapper = CheckedDatasetMapper(cfg, is_train=True)
         return build_resumable_train_loader(cfg, mapper=mapper, seed=_seed(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """detectron2's, which names a picture that cannot be read."""
+        """Build detectron2's loader, with a mapper that names an image that cannot be loaded."""
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_hooks(self) -> list[Any]:
-        """Make detectron2's hooks, and ours."""
+        """Build detectron2's hooks, attention maps, error messages and resuming."""
         built = super().build_hooks()
         if self.cfg.MODEL.NONLOCAL.VIS_PERIOD:
             # Before the writers, which come last.
             built.insert(-1, AttentionHook(self.cfg, self.cfg.MODEL.NONLOCAL.VIS_PERIOD))
-        later = [hook for hook in built if isinstance(hook, _AFTER_CHECKPOINTS)]
-        self._guard = TrainingErrorHook()
-        self._resume = ResumeHook(
-            self._trainer.data_loader, _seed(self.cfg), self.cfg.OUTPUT_DIR, later
+        after_checkpoint = [hook for hook in built if isinstance(hook, _AFTER_CHECKPOINT)]
+        self._error_hook = TrainingErrorHook()
+        self._resume_hook = ResumeHook(
+            self._trainer.data_loader, _seed(self.cfg), self.cfg.OUTPUT_DIR, after_checkpoint
         )
-        return [*built, self._guard, self._resume]
+        return [*built, self._error_hook, self._resume_hook]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Load the last whole checkpoint, or else ``MODEL.WEIGHTS``."""
+        """Load the last valid checkpoint or, without one, ``MODEL.WEIGHTS``."""
         super().resume_or_load(resume)
-        self._resume.resumes = resume
+        self._resume_hook.is_resumed = resume
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to resume from, with the step's, which detectron2 0.5 leaves out."""
+        """Return the state to resume from, with the optimizer's, which detectron2 0.5 omits."""
         return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of any version's checkpoint."""
+        """Load the state of a checkpoint of any version of detectron2."""
         TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logging.getLogger("detectron2").warning(
-                "The checkpoint lacks the optimiser's state: its momentum starts anew."
+                "The checkpoint has no optimizer state: momentum restarts from zero."
             )
 
     def train(self) -> Any:
         """Train, and evaluate as configured.
 
         Raises:
-            TrainingError: if memory or the disk is full, a picture cannot be used, or losses are
-                not finite.
+            TrainingError: If training stops for a known reason; see `TrainingErrorHook`.
         """
-        with self._guard.explains(self.checkpointer):
+        with self._error_hook.report_errors(self.checkpointer):
             return super().train()
 
     @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
     ) -> DatasetEvaluator:
-        """The evaluator of a COCO, semantic or panoptic dataset.
+        """Build the evaluator of a COCO, semantic or panoptic dataset.
 
         Raises:
-            ValueError: for a dataset of another kind.
+            ValueError: If the dataset is of another kind.
         """
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
@@ -162,10 +167,10 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD as detectron2 makes it, or AdamW with the same groups of parameters.
+        """Build detectron2's SGD, or AdamW with the same parameter groups.
 
         Raises:
-            ValueError: if ``SOLVER.OPTIMIZER`` is neither.
+            ValueError: If ``SOLVER.OPTIMIZER`` is neither.
         """
         check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("SGD", "AdamW"))
         if cfg.SOLVER.OPTIMIZER == "SGD":
@@ -182,7 +187,7 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
 
     @classmethod
     def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
-        """Evaluate with test-time augmentation; the results' names end in ``_TTA``."""
+        """Evaluate with test-time augmentation; names in the results end with ``_TTA``."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
@@ -190,14 +195,14 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
 
 
 def _seed(cfg: CfgNode) -> int:
-    """The one that `setup` has chosen; where it did not, one that cannot be known again."""
+    """Return the seed that `setup` has chosen; without it, one that is not recorded."""
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
 
 def _has_unused_features(cfg: CfgNode, model: nn.Module) -> bool:
-    """Whether nothing reads some output of the backbone, so that its parameters get no gradient.
+    """Whether some backbone outputs are unused, leaving parameters without gradients.
 
-    The exchange of gradients would wait for them in vain, unless it looks for them, which costs.
+    DDP then needs ``find_unused_parameters=True`` (slower); otherwise it raises or hangs.
     """
-    read = used_features(cfg)
-    return read is not None and not read.issuperset(model.backbone.output_shape())
+    used = used_features(cfg)
+    return used is not None and not used.issuperset(model.backbone.output_shape())

@@ -1,4 +1,4 @@
-"""COCO's measures: quickly, with each class's in a table, and their curves."""
+"""COCO evaluation: fast, with results per class and precision-recall curves."""
 
 from .coco_evaluation import ReportingCOCOEvaluator
 

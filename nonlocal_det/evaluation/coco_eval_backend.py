@@ -1,7 +1,7 @@
-"""COCO's evaluation in C++, for where detectron2's own compiled one is missing.
+"""COCO evaluation in C++, for installations without detectron2's own compiled one.
 
-It is faster-coco-eval's, <https://github.com/MiXaiLL76/faster_coco_eval>, which is optional. Its
-numbers are pycocotools', which tests/test_evaluation.py sees to.
+The implementation is faster-coco-eval, <https://github.com/MiXaiLL76/faster_coco_eval>, which is
+optional. Its metrics are those of pycocotools, which is tested in tests/test_evaluation.py.
 """
 
 from __future__ import annotations
@@ -20,28 +20,27 @@ except ImportError:
 else:
 
     class FastCOCOeval(COCOeval_faster):
-        """pycocotools' ``COCOeval``, on its own ``COCO`` objects."""
+        """Drop-in replacement of pycocotools' ``COCOeval`` for pycocotools' ``COCO`` objects."""
 
         def __init__(self, ground_truth: COCO, detections: COCO, iou_type: str) -> None:
             super().__init__(iouType=iou_type, print_function=print)
             self.cocoGt, self.cocoDt = ground_truth, detections
-            # All classes: of keypoints it would leave out those that have no object.
+            # All classes: for keypoints it would omit classes without objects.
             self.params.imgIds = sorted(ground_truth.getImgIds())
             self.params.catIds = sorted(ground_truth.getCatIds())
 
 
 def can_use_faster_coco_eval() -> bool:
-    """Whether the fast evaluation is installed, and detectron2 lacks its own."""
+    """Whether faster-coco-eval is installed, and detectron2 lacks its own compiled evaluation."""
     own = getattr(coco_evaluation, "COCOeval_opt", COCOeval)
     return COCOeval_faster is not None and own is COCOeval
 
 
 @contextmanager
 def patch_cocoeval() -> Iterator[None]:
-    """While this lasts, detectron2's COCO evaluation is the fast one.
+    """Let detectron2's COCO evaluation use faster-coco-eval within the body.
 
-    detectron2 knows its class by a global name alone, so the name stands for another one until
-    the evaluation ends.
+    detectron2 refers to COCOeval by a module global, which is patched during the evaluation.
     """
     coco_evaluation.COCOeval = FastCOCOeval
     try:

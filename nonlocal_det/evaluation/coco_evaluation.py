@@ -1,4 +1,4 @@
-"""detectron2's COCO evaluation, with the results of each class in files."""
+"""detectron2's COCO evaluation, with per-class results and precision-recall curves in files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ from .precision_recall import precision_recall_figure
 
 
 class ReportingCOCOEvaluator(COCOEvaluator):
-    """detectron2's evaluator, quick where it is slow, that leaves a table and curves as well.
+    """detectron2's COCOEvaluator, faster, and with a table and curves per class.
 
     Arguments, results and files are detectron2's. For each task, "bbox", "segm" or "keypoints",
-    these are added to ``output_dir``:
+    two files are added to ``output_dir``:
 
-    - ``<dataset>_<task>_per_class.csv``: each class's objects, AP, AP50, AP75 and AR;
+    - ``<dataset>_<task>_per_class.csv``: number of objects, AP, AP50, AP75 and AR of each class;
     - ``<dataset>_<task>_precision_recall.png``.
 
-    ``use_fast_impl=False`` asks for pycocotools itself.
+    Args:
+        dataset_name: Name of a registered dataset.
+        options: Positional arguments of detectron2's COCOEvaluator.
+        use_fast_impl: Whether to use a compiled implementation, if one is installed, instead of
+            pycocotools.
+        more_options: Keyword arguments of detectron2's COCOEvaluator.
     """
 
     def __init__(
@@ -34,26 +39,26 @@ class ReportingCOCOEvaluator(COCOEvaluator):
         self._is_fast = use_fast_impl and can_use_faster_coco_eval()
 
     def _eval_predictions(self, *predictions: Any, **options: Any) -> None:
-        """As detectron2, with the fast evaluation where that is to be used."""
+        """Compute the metrics, with faster-coco-eval if it is to be used."""
         if not self._is_fast:
             return super()._eval_predictions(*predictions, **options)
-        self._logger.info("COCO's measures are computed by faster-coco-eval.")
+        self._logger.info("The COCO metrics are computed by faster-coco-eval.")
         with patch_cocoeval():
             super()._eval_predictions(*predictions, **options)
 
     def _derive_coco_results(
         self, coco_eval: Optional[COCOeval], iou_type: str, class_names: Optional[list[str]] = None
     ) -> dict[str, float]:
-        """As detectron2; and write the files."""
+        """Return detectron2's results of a task, and write the files."""
         results = super()._derive_coco_results(coco_eval, iou_type, class_names=class_names)
         if self._output_dir:
-            start = os.path.join(self._output_dir, f"{self._metadata.name}_{iou_type}")
-            _write(coco_eval, f"{start}_per_class.csv", f"{start}_precision_recall.png")
+            prefix = os.path.join(self._output_dir, f"{self._metadata.name}_{iou_type}")
+            _write(coco_eval, f"{prefix}_per_class.csv", f"{prefix}_precision_recall.png")
         return results
 
 
 def _write(evaluation: Optional[COCOeval], table_file: str, figure_file: str) -> None:
-    """Write table and curves; without an evaluation, as nothing was found, remove earlier ones."""
+    """Write table and curves; without an evaluation (no detections), remove earlier files."""
     if evaluation is None:
         for path in (table_file, figure_file):
             with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Each class's results, from one evaluation of pycocotools or of its like."""
+"""Per-class results of an evaluation by pycocotools or a compatible implementation."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from pycocotools.cocoeval import COCOeval
 
 
 class PerClassResult(NamedTuple):
-    """What was measured for one class, in percent; NaN where it has no object.
+    """The metrics of one class in percent; NaN for a class without objects.
 
     Attributes:
-        name: of the class.
-        objects: how many count: crowds do not, nor for keypoints those with none annotated.
-        ap: mean of AP at IoU (for keypoints OKS) .50, .55, ... .95.
+        name: Name of the class.
+        num_objects: Number of objects; crowds are not counted, nor, for keypoints, objects without
+            annotated keypoints.
+        ap: Mean of AP at IoU (for keypoints OKS) .50, .55, ... .95.
         ap50: AP at .50.
         ap75: AP at .75.
-        ar: the share of objects found, mean over the same IoUs, with COCO's number of detections
-            for each picture: 100, for keypoints 20.
+        ar: Recall, mean over the same IoUs, with COCO's maximum number of detections per image:
+            100, for keypoints 20.
     """
 
     name: str
-    objects: int
+    num_objects: int
     ap: float
     ap50: float
     ap75: float
@@ -37,10 +38,14 @@ HEADER = ("class", "objects", "AP", "AP50", "AP75", "AR")
 
 
 def per_class_results(evaluation: COCOeval) -> list[PerClassResult]:
-    """Each class's results in the order of their ids, after ``evaluation.accumulate()``."""
+    """Return the results of each class by ascending category id.
+
+    Args:
+        evaluation: Evaluation after ``accumulate()``.
+    """
     classes = evaluation.cocoGt.loadCats(evaluation.params.catIds)
     counts = _count_objects(evaluation)
-    # (IoU, recall, class) and (IoU, class), for objects of all sizes and the most detections.
+    # (IoU, recall, class) and (IoU, class), for all object areas and the most detections.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     recall = evaluation.eval["recall"][:, :, 0, -1]
     at = {iou: np.isclose(evaluation.params.iouThrs, iou) for iou in (0.5, 0.75)}
@@ -58,12 +63,12 @@ def per_class_results(evaluation: COCOeval) -> list[PerClassResult]:
 
 
 def write_per_class_csv(rows: Sequence[PerClassResult], path: str) -> None:
-    """Write a CSV file with a header; percentages have three decimals."""
+    """Write per-class results to a CSV file with a header; percentages have three decimals."""
     with PathManager.open(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADER)
-        for name, objects, *measures in rows:
-            writer.writerow([name, objects, *(f"{measure:.3f}" for measure in measures)])
+        for name, num_objects, *metrics in rows:
+            writer.writerow([name, num_objects, *(f"{metric:.3f}" for metric in metrics)])
 
 
 def _count_objects(evaluation: COCOeval) -> Counter[int]:
@@ -76,6 +81,6 @@ def _count_objects(evaluation: COCOeval) -> Counter[int]:
 
 
 def _percent(values: np.ndarray) -> float:
-    """The mean, where -1 stands for nothing to measure."""
+    """Return the mean in percent; COCOeval marks undefined values by -1."""
     values = values[values > -1]
     return 100 * float(values.mean()) if values.size else float("nan")

@@ -1,4 +1,4 @@
-"""Precision over recall, for each class and on average."""
+"""Precision-recall curves, per class and averaged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _FEW = matplotlib.colormaps["tab10"].colors
-_ENDS = 4  # of many classes, so many of the best and of the worst have a colour
+_ENDS = 4  # with many classes, number of best and of worst classes that are colored
 _FAINT = "#c8ccd4"
 _BEST = ("#08306b", "#2171b5", "#4292c6", "#9ecae1")
 _WORST = ("#7f2704", "#d94801", "#f16913", "#fdae6b")
@@ -19,34 +19,36 @@ _STYLE = {"font.family": "DejaVu Sans", "font.size": 8}
 
 
 def precision_recall_figure(names: Sequence[str], precision: np.ndarray, params: Any) -> Figure:
-    """Three panels: at IoU .50, at .75, and the mean over .50, .55, ... .95.
+    """Plot three panels: at IoU .50, at .75, and the mean over .50, .55, ... .95.
 
     Args:
-        names: of the classes.
-        precision: (IoUs, recalls, classes), from 0 to 1; -1 for a class without objects.
-        params: COCOeval's: ``iouThrs``, ``recThrs`` and ``iouType``.
+        names: Names of the classes.
+        precision: Precision (IoUs, recalls, classes) from 0 to 1; -1 for a class without objects.
+        params: Parameters of COCOeval: ``iouThrs``, ``recThrs`` and ``iouType``.
     """
-    # A class has objects or has none whatever the IoU.
-    seen = precision[0, 0] > -1
-    names, precision = [name for name, has in zip(names, seen) if has], precision[:, :, seen]
+    # Whether a class has objects does not depend on the IoU.
+    has_objects = precision[0, 0] > -1
+    names = [name for name, has in zip(names, has_objects) if has]
+    precision = precision[:, :, has_objects]
     measure = "OKS" if params.iouType == "keypoints" else "IoU"
     panels = {
         f"{measure} = .50": precision[np.isclose(params.iouThrs, 0.5)].mean(axis=0),
         f"{measure} = .75": precision[np.isclose(params.iouThrs, 0.75)].mean(axis=0),
         f"{measure} = .50 to .95": precision.mean(axis=0),
     }
+    ap = precision.mean(axis=(0, 1))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 3.2), dpi=150, layout="constrained")
         axes = figure.subplots(1, 3, sharey=True)
         for axis, (title, curves) in zip(axes, panels.items()):
-            _draw_panel(axis, title, params.recThrs, curves, _colours(precision.mean(axis=(0, 1))))
+            _draw_panel(axis, title, params.recThrs, curves, _class_colors(ap))
         axes[0].set_ylabel(f"precision ({params.iouType})")
-        _add_legend(figure, axes[-1], names, precision.mean(axis=(0, 1)))
+        _add_legend(figure, axes[-1], names, ap)
     return figure
 
 
-def _colours(ap: np.ndarray) -> dict[int, str]:
-    """The classes that are told apart, from the best to the worst, and how."""
+def _class_colors(ap: np.ndarray) -> dict[int, str]:
+    """Return the color of each class that has one, by class index, from best to worst AP."""
     order = [int(k) for k in np.argsort(-ap, kind="stable")]
     if len(order) <= len(_FEW):
         return {k: _FEW[k] for k in order}
@@ -56,14 +58,14 @@ def _colours(ap: np.ndarray) -> dict[int, str]:
 
 
 def _draw_panel(
-    axis: Axes, title: str, recalls: np.ndarray, curves: np.ndarray, colours: dict[int, str]
+    axis: Axes, title: str, recalls: np.ndarray, curves: np.ndarray, colors: dict[int, str]
 ) -> None:
-    """``curves`` is (recalls, classes)."""
+    """Plot the curves (recalls, classes) of one panel."""
     for k in range(curves.shape[1]):
-        if k not in colours:
+        if k not in colors:
             axis.plot(recalls, curves[:, k], color=_FAINT, linewidth=0.6)
-    for k, colour in colours.items():
-        axis.plot(recalls, curves[:, k], color=colour, linewidth=1.2, gid=str(k))
+    for k, color in colors.items():
+        axis.plot(recalls, curves[:, k], color=color, linewidth=1.2, gid=str(k))
     if curves.shape[1] > 1:
         axis.plot(recalls, curves.mean(axis=1), color="black", linewidth=2.2, gid="mean")
     if curves.size:
@@ -75,16 +77,16 @@ def _draw_panel(
 
 
 def _add_legend(figure: Figure, axis: Axes, names: Sequence[str], ap: np.ndarray) -> None:
-    """Beside the panels, with AP, from the best class to the worst; ``axis`` is any panel."""
+    """Add a legend with AP, from the best class to the worst; ``axis`` is any of the panels."""
     lines = {line.get_gid(): line for line in axis.lines}
     entries = []
     if "mean" in lines:
         entries.append((lines["mean"], f"mean  {100 * ap.mean():.1f}"))
-    coloured = _colours(ap)
-    for place, k in enumerate(coloured):
-        if len(coloured) < len(names) and 2 * place == len(coloured):
+    colors = _class_colors(ap)
+    for rank, k in enumerate(colors):
+        if len(colors) < len(names) and 2 * rank == len(colors):
             rest = next(line for line in axis.lines if line.get_color() == _FAINT)
-            entries.append((rest, f"{len(names) - len(coloured)} others"))
+            entries.append((rest, f"{len(names) - len(colors)} others"))
         entries.append((lines[str(k)], f"{names[k]}  {100 * ap[k]:.1f}"))
     if entries:
         handles, labels = zip(*entries)

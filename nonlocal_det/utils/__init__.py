@@ -1,1 +1,1 @@
-"""Files, plots and argument checks that every other room uses; knows no detection."""
+"""Files, plots, argument checks and former names, for all other packages; no detection here."""

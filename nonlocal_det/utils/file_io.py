@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, whatever ends the program, and folders to write them to."""
+"""Atomic file writing, and output directories."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ _TMP_PATTERN = re.compile(r"[0-9a-f]{16}-.+\.tmp")
 
 
 def ensure_writable_dir(path: str, option: str = "--output") -> None:
-    """Make a folder and see that it can be written to; an address elsewhere is left to the run.
+    """Create a directory and check that files can be written to it.
+
+    Args:
+        path: Local directory. A URL is not checked.
+        option: Option or config key that names the directory, for the error message.
 
     Raises:
-        OSError: if it cannot.
+        OSError: If the directory cannot be created or written to.
     """
     if "://" in path:
         return
@@ -27,51 +31,51 @@ def ensure_writable_dir(path: str, option: str = "--output") -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        said = "it is a file" if os.path.isfile(path) else error.strerror
+        reason = "it is a file" if os.path.isfile(path) else error.strerror
         raise OSError(
-            f"{option} is {path!r}, where nothing can be written ({said}); give another folder."
+            f"{option} {path!r} is not writable ({reason}); choose another directory."
         ) from error
 
 
 @contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
-    """Write a file that appears under its name whole, or not at all.
+    """Write a file that appears under its name completely, or not at all.
 
-    It is written beside that name, brought to the disk, and renamed. What was there before stays
-    until then, and for ever if the writing fails.
+    The content goes to a temporary file in the same directory, is synced to disk, and is then
+    renamed. An earlier file of that name stays until then, and if writing fails.
 
     Args:
-        path: of a local file.
-        mode: "w", for text in UTF-8, or "wb".
+        path: Path of a local file.
+        mode: "w" for text in UTF-8, or "wb".
 
     Raises:
-        OSError: if the disk is full, or the folder cannot be written.
+        OSError: If the disk is full or the directory is not writable.
     """
     folder, name = os.path.split(path)
-    # Processes of several machines may write the same file on a disk that they share.
-    beside = os.path.join(folder, f"{secrets.token_hex(8)}-{name}{TMP_SUFFIX}")
+    # Processes on several machines may write the same file on a shared disk.
+    temporary = os.path.join(folder, f"{secrets.token_hex(8)}-{name}{TMP_SUFFIX}")
     try:
-        with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
-            os.remove(beside)
+            os.remove(temporary)
         raise
-    _sync_folder(folder or ".")
+    _sync_dir(folder or ".")
 
 
 def remove_stale_temp_files(folder: str) -> None:
-    """Remove what killed programs were writing into a folder, which may not exist."""
+    """Remove the temporary files that killed processes left in a directory, if it exists."""
     if os.path.isdir(folder):
         for name in filter(_TMP_PATTERN.fullmatch, os.listdir(folder)):
             os.remove(os.path.join(folder, name))
 
 
-def _sync_folder(folder: str) -> None:
-    """Bring the new name to the disk as well, where the file system can."""
+def _sync_dir(folder: str) -> None:
+    """Sync a renamed file's new name to disk, where the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

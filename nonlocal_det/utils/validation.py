@@ -1,4 +1,4 @@
-"""Argument checks whose errors list what would be right."""
+"""Argument checks whose error messages list the valid values."""
 
 from __future__ import annotations
 
@@ -6,14 +6,32 @@ from typing import Optional
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise a ValueError that lists the choices unless ``value`` is one of them."""
+    """Check that a value is one of the choices.
+
+    Args:
+        name: Name of the argument or config key, for the error message.
+        value: Value to check.
+        choices: Valid values.
+
+    Raises:
+        ValueError: If it is not; the message lists the choices.
+    """
     if value not in choices:
         listed = ", ".join(repr(c) for c in choices)
         raise ValueError(f"{name} is {value!r}; it must be one of {listed}.")
 
 
 def check_positive_int(name: str, value: object, divides: Optional[dict[str, int]] = None) -> None:
-    """Raise a ValueError unless ``value`` is a positive integer that divides the numbers named."""
+    """Check that a value is a positive integer, and a divisor of other numbers.
+
+    Args:
+        name: Name of the argument or config key, for the error message.
+        value: Value to check.
+        divides: Numbers that the value must divide, by name.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
     for other, number in (divides or {}).items():

@@ -1,16 +1,17 @@
-"""Pictures of shapes whose category is the colour of a lamp elsewhere in the picture.
+"""Generator of synthetic images in which an object's class depends on a cue far away from it.
 
-Each picture shows one glowing lamp and a few shapes. A shape's category is the lamp's colour,
-and the lamp sheds no light on the shapes: for a given seed, the pixels of every shape are the same
-under all three lamps. So a detector must look away from an object to name it, which is what
-non-local blocks are for. As a control, the same pictures can be labelled by what is local, the
-outline of each shape; then the lamp means nothing.
+Each image shows one glowing lamp and a few shapes. A shape's category is the lamp's color, and the
+lamp sheds no light on the shapes: for a given seed, the pixels of every shape are the same under
+all three lamps. So a detector can classify an object only from the lamp elsewhere in the image,
+which is what non-local blocks are for. As a control, the same images can be labeled by a local cue,
+the outline of each shape; then the lamp carries no information.
 
-Shapes are polygons, painted by their exact signed distance, so that the annotated polygon and the
-painted edge agree to a fraction of a pixel. They overlap neither each other nor the lamp's halo.
+Shapes are polygons, rasterized by their exact signed distance, so that the annotated polygon and
+the painted edge agree to a fraction of a pixel. They overlap neither each other nor the lamp's
+halo.
 
-Coordinates are continuous (x, y) in pixels: the top left corner of the picture is (0, 0), and the
-centre of its first pixel is (0.5, 0.5). Colours are RGB.
+Coordinates are continuous (x, y) in pixels: the top left corner of the image is (0, 0), and the
+center of its first pixel is (0.5, 0.5). Colors are RGB.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from .raster import (
     star,
 )
 
-# Shape letters: H, W: the picture's height and width in pixels. V: the vertices of one polygon.
+# Shape symbols: H, W: height and width of the image in pixels. V: vertices of one polygon.
 
-# Change this whenever the same seed and parameters would give other pictures or annotations.
+# Change this whenever the same seed and parameters would give other images or annotations.
 GENERATOR_VERSION = 1
 
 LAMP_COLORS = {"amber": (255, 168, 28), "teal": (0, 214, 178), "violet": (168, 84, 255)}
-# What decides a shape's category, and what the categories then are.
+# The categories for each cue that can decide a shape's category.
 CATEGORIES = {"lamp": tuple(LAMP_COLORS), "outline": ("round", "pointed", "square")}
 
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
-# Each a pair: the colours at the two ends of the background's gradient.
+# Each a pair: the colors at the two ends of the background's gradient.
 _BACKGROUNDS = (
     ((50, 58, 74), (30, 35, 47)),
     ((56, 56, 68), (34, 34, 44)),
@@ -67,19 +68,21 @@ _Circle = tuple[float, float, float]  # x, y, radius
 
 @dataclass(frozen=True)
 class LampsParams:
-    """What the pictures look like. Ranges are (low, high), both ends included.
+    """Parameters of the images. Ranges are (low, high), both ends included.
+
+    Annotation files store them under these names.
 
     Attributes:
-        side: height and width of the picture in pixels, each drawn by itself.
-        width: the width by another range than the height, or None.
-        num_shapes: number of shapes.
-        shape_size: diameter in pixels of the circle around a shape.
-        lamp_size: diameter of the lamp in pixels.
-        halo: radius of the lamp's glow, in radii of the lamp. No light passes beyond it.
-        gap: least free space in pixels around a shape.
-        decided_by: what the category is, "lamp" or "outline". The pictures are the same.
-        lamp_counts: whether the lamp is an object too, of the category that its colour, or its
-            round outline, says. The pictures are the same.
+        side: Range of height and width of the image in pixels, which are sampled independently.
+        width: Range of the width, if it differs from that of the height, or None.
+        num_shapes: Range of the number of shapes.
+        shape_size: Range of the diameter in pixels of the circle around a shape.
+        lamp_size: Range of the diameter of the lamp in pixels.
+        halo: Radius of the lamp's glow, in radii of the lamp. No light passes beyond it.
+        gap: Minimum free space in pixels around a shape.
+        decided_by: Cue that decides the category, "lamp" or "outline"; the images are the same.
+        lamp_counts: Whether the lamp is an object too, with the category of its color or of its
+            round outline; the images are the same.
     """
 
     side: tuple[int, int] = (112, 160)
@@ -106,13 +109,19 @@ class LampsParams:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """The names of the categories."""
+        """Names of the categories."""
         return CATEGORIES[self.decided_by]
 
 
 @dataclass(frozen=True)
 class Lamp:
-    """The lamp: its colour (index into LAMP_COLORS), centre (x, y) and radius in pixels."""
+    """The lamp of an image.
+
+    Attributes:
+        color: Index into `LAMP_COLORS`.
+        center: Center (x, y) in pixels.
+        radius: Radius in pixels.
+    """
 
     color: int
     center: tuple[float, float]
@@ -121,7 +130,13 @@ class Lamp:
 
 @dataclass(frozen=True)
 class Instance:
-    """A shape: its category, by index, its polygon (V, 2) of (x, y) and its mask (H, W)."""
+    """An annotated object.
+
+    Attributes:
+        category: Index of the category.
+        polygon: Outline (V, 2) as (x, y) in pixels.
+        mask: Boolean mask (H, W).
+    """
 
     category: int
     polygon: np.ndarray
@@ -132,8 +147,12 @@ class Instance:
 class _Shape:
     """A shape to paint.
 
-    ``distance`` is the signed distance to the polygon at the pixels of a box around it, which may
-    stick out of the picture; ``corner`` is the first pixel (x, y) of the box.
+    Attributes:
+        outline: Kind of outline, an index into the categories of "outline".
+        polygon: Outline (V, 2) as (x, y) in pixels.
+        color: RGB color.
+        corner: First pixel (x, y) of a box around the shape, which may extend beyond the image.
+        distance: Signed distance to the polygon at the pixels of the box.
     """
 
     outline: int
@@ -146,31 +165,34 @@ class _Shape:
 def render_image(
     rng: np.random.Generator, params: LampsParams | None = None, *, color: int | None = None
 ) -> tuple[np.ndarray, list[Instance], Lamp]:
-    """Draws one picture.
+    """Render one image.
 
     Args:
-        rng: decides all that the parameters leave open.
-        params: defaults to LampsParams().
-        color: of the lamp, index into LAMP_COLORS; None lets ``rng`` choose. For the same state of
-            ``rng``, the choice alters the lamp and its halo, and no other pixel.
+        rng: Random number generator for everything that the parameters leave open.
+        params: Parameters of the image; by default `LampsParams()`.
+        color: Color of the lamp, an index into `LAMP_COLORS`; None samples it. For the same state
+            of ``rng``, it changes the pixels of the lamp and its halo only.
 
     Returns:
-        The picture (H, W, 3), RGB uint8; its instances, whose masks are disjoint; its lamp.
+        The image (H, W, 3), RGB uint8; its instances, whose masks are disjoint; its lamp.
+
+    Raises:
+        ValueError: If the color is not one of the lamp's, or the shapes do not fit in the image.
     """
     params = params or LampsParams()
     if color is not None and color not in range(len(LAMP_COLORS)):
         raise ValueError(f"color must be an index into {tuple(LAMP_COLORS)} or None: {color}")
-    # Drawn even where the caller has chosen, so that the choice does not shift what follows.
-    drawn = int(rng.integers(len(LAMP_COLORS)))
-    color = drawn if color is None else color
+    # Sampled even if a color is given, so that the random numbers after it are the same.
+    sampled = int(rng.integers(len(LAMP_COLORS)))
+    color = sampled if color is None else color
 
     (low, high), (left, right) = params.side, params.width or params.side
     height, width = (int(side) for side in rng.integers((low, left), (high, right), endpoint=True))
-    (lamp_x, lamp_y, lamp_radius), places = _place(rng, params, height, width)
+    (lamp_x, lamp_y, lamp_radius), circles = _arrange(rng, params, height, width)
     lamp = Lamp(color, (lamp_x, lamp_y), lamp_radius)
     colors = rng.permutation(len(_PASTELS))
     shapes = []
-    for i, (x, y, radius) in enumerate(places):
+    for i, (x, y, radius) in enumerate(circles):
         outline, polygon = _random_polygon(rng)
         pastel = _PASTELS[colors[i % len(colors)]]
         shapes.append(_make_shape(outline, polygon * radius + (x, y), pastel))
@@ -179,7 +201,7 @@ def render_image(
     for shape in shapes:
         _paint_shadow(canvas, shape)
     _paint_lamp(canvas, lamp, params.halo * lamp.radius)
-    # Shapes come last: they hide what little of a neighbour's shadow would fall on them.
+    # Shapes come last: they cover the bit of a neighbor's shadow that would fall on them.
     by_lamp = params.decided_by == "lamp"
     instances = [
         Instance(color if by_lamp else shape.outline, shape.polygon, _paint_shape(canvas, shape))
@@ -190,14 +212,14 @@ def render_image(
     return np.rint(canvas).astype(np.uint8), instances, lamp
 
 
-def _place(
+def _arrange(
     rng: np.random.Generator, params: LampsParams, height: int, width: int
 ) -> tuple[_Circle, list[_Circle]]:
-    """Finds room in a picture for the lamp and for the shapes: returns their circles."""
+    """Arrange the lamp and the shapes without overlap; return the circles around them."""
     lamp_radius = rng.uniform(*params.lamp_size) / 2
     count = int(rng.integers(*params.num_shapes, endpoint=True))
     low, high = params.shape_size
-    # Large ones first, for they are the hardest to place.
+    # Large ones first: they are the hardest to fit in.
     radii = np.sort(rng.uniform(low, high, size=count))[::-1] / 2
     for _ in range(200):
         lamp_xy = _random_point(rng, height, width, 1.5 * lamp_radius)
@@ -209,7 +231,7 @@ def _place(
             circles.append(circle)
         else:
             return (*lamp_xy, lamp_radius), circles[1:]
-        # Too crowded: try again with shapes a little smaller.
+        # Too crowded: retry with slightly smaller shapes.
         radii = np.maximum(radii * 0.95, low / 2)
     raise ValueError(f"found no room for {count} shapes in {width} x {height} pixels: {params}")
 
@@ -222,7 +244,7 @@ def _find_room(
     height: int,
     width: int,
 ) -> _Circle | None:
-    """Returns a random circle that keeps ``gap`` from all others and from the border, if any."""
+    """Return a random circle at least ``gap`` from all others and the border; None if not found."""
     if 2 * (radius + gap) > min(height, width):
         return None
     for _ in range(30):
@@ -239,10 +261,10 @@ def _random_point(
 
 
 def _random_polygon(rng: np.random.Generator) -> tuple[int, np.ndarray]:
-    """Returns a random shape, turned at random, that just fits the unit circle.
+    """Sample a shape with a random rotation that just fits the unit circle.
 
     Returns:
-        The kind of outline, an index into the categories of "outline", and the polygon (V, 2).
+        Kind of outline, an index into the categories of "outline", and the polygon (V, 2).
     """
     kind = int(rng.integers(len(_UNIT_POLYGONS)))
     angle = rng.uniform(0, 2 * math.pi)
@@ -251,9 +273,9 @@ def _random_polygon(rng: np.random.Generator) -> tuple[int, np.ndarray]:
     return kind % len(CATEGORIES["outline"]), turned
 
 
-# In turn round, pointed and square.
+# Alternately round, pointed and square.
 _UNIT_POLYGONS = (
-    regular(40),  # a disc: 40 corners stay within 0.1 pixel of the circle at these sizes
+    regular(40),  # a disk: 40 corners stay within 0.1 pixel of the circle at these sizes
     rounded(regular(3), 0.14),
     rounded(regular(4), 0.12),
     rounded(regular(6), 0.12),
@@ -263,7 +285,7 @@ _UNIT_POLYGONS = (
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Returns a soft gradient in a random direction: (H, W, 3), float, 0 to 255."""
+    """Return a soft gradient in a random direction: (H, W, 3), float, 0 to 255."""
     first, last = np.array(_BACKGROUNDS[int(rng.integers(len(_BACKGROUNDS)))], dtype=float)
     angle = rng.uniform(0, 2 * math.pi)
     x, y = pixel_centers(0, 0, width, height)
@@ -273,7 +295,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _paint_lamp(canvas: np.ndarray, lamp: Lamp, reach: float) -> None:
-    """Paints the lamp and a halo that ends exactly ``reach`` pixels from its centre, in place."""
+    """Paint the lamp and a halo that ends exactly ``reach`` pixels from its center, in place."""
     color = tuple(LAMP_COLORS.values())[lamp.color]
     corner, x, y = box_around(np.array([lamp.center]), reach)
     distance = np.hypot(x - lamp.center[0], y - lamp.center[1])
@@ -281,15 +303,15 @@ def _paint_lamp(canvas: np.ndarray, lamp: Lamp, reach: float) -> None:
     fade = np.clip((reach - distance) / (reach - 0.5 * lamp.radius), 0, 1)
     blend(canvas, corner, color, 0.75 * fade**2)
     blend(canvas, corner, color, coverage(distance - lamp.radius))
-    # A faint highlight inside makes the disc read as a light; its rim keeps the pure colour.
+    # A faint highlight inside makes the disk look like a light; its rim keeps the pure color.
     blend(canvas, corner, _WHITE, 0.55 * np.clip(1 - distance / (0.75 * lamp.radius), 0, 1))
 
 
 def _lamp_instance(lamp: Lamp, category: int, canvas: tuple[int, int]) -> Instance:
-    """The lamp without its halo, as an object."""
-    disc = _UNIT_POLYGONS[0] * lamp.radius + lamp.center
+    """Return the lamp without its halo as an object."""
+    disk = _UNIT_POLYGONS[0] * lamp.radius + lamp.center
     x, y = pixel_centers(0, 0, canvas[1], canvas[0])
-    return Instance(category, disc, signed_distance(x, y, disc) < 0)
+    return Instance(category, disk, signed_distance(x, y, disk) < 0)
 
 
 def _make_shape(outline: int, polygon: np.ndarray, color: tuple[int, int, int]) -> _Shape:
@@ -304,7 +326,7 @@ def _paint_shadow(canvas: np.ndarray, shape: _Shape) -> None:
 
 
 def _paint_shape(canvas: np.ndarray, shape: _Shape) -> np.ndarray:
-    """Paints a shape in place; returns its mask (H, W), bool: pixels whose centre is in it."""
+    """Paint a shape in place; return its boolean mask (H, W), True where a pixel's center is in."""
     blend(canvas, shape.corner, shape.color, coverage(shape.distance))
     mask = np.zeros(canvas.shape[:2], dtype=bool)
     on_canvas, on_box = overlap(mask.shape, shape.corner, shape.distance.shape)

@@ -1,9 +1,9 @@
-"""Polygons, and painting them on a canvas by their exact signed distance.
+"""Polygons, and their rasterization by exact signed distance.
 
 A canvas is a float array (H, W, 3), painted in place. Coordinates are continuous (x, y) in pixels:
-its top left corner is (0, 0), and the centre of its first pixel is (0.5, 0.5). A polygon is an
+its top left corner is (0, 0), and the center of its first pixel is (0.5, 0.5). A polygon is an
 array (V, 2) of vertices; those made here fit the unit circle. A box is a rectangle of whole pixels,
-which may stick out of the canvas.
+which may extend beyond the canvas.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 
 
 def regular(corners: int) -> np.ndarray:
-    """A regular polygon, its first corner at (1, 0): (corners, 2)."""
+    """Return a regular polygon (corners, 2) with its first corner at (1, 0)."""
     angles = 2 * math.pi * np.arange(corners) / corners
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def star(points: int, inner: float) -> np.ndarray:
-    """A star whose inner corners lie at the radius ``inner``: (2 points, 2)."""
+    """Return a star (2 points, 2) whose inner corners lie at the radius ``inner``."""
     corners = regular(2 * points)
     corners[1::2] *= inner
     return corners
 
 
 def cross(arm: float) -> np.ndarray:
-    """A plus sign whose arms have the half width ``arm``, in units of their length: (12, 2)."""
+    """Return a plus sign (12, 2) with arms of half width ``arm``, relative to their length."""
     quarter = np.array([[arm, arm], [arm, 1.0], [-arm, 1.0]])
     turns = [quarter]
     for _ in range(3):
@@ -36,14 +36,14 @@ def cross(arm: float) -> np.ndarray:
 
 
 def rounded(polygon: np.ndarray, share: float) -> np.ndarray:
-    """Rounds corners by quadratic Bezier curves, then scales the polygon to the unit circle.
+    """Round corners by quadratic Bezier curves, then scale the polygon to the unit circle.
 
     Args:
-        polygon: (V, 2).
-        share: part of each edge that is given to the curve at each of its ends; below 0.5.
+        polygon: Vertices (V, 2).
+        share: Fraction of each edge that the curve at each of its ends replaces; below 0.5.
 
     Returns:
-        (5 V, 2).
+        Vertices (5 V, 2).
     """
     before = polygon + share * (np.roll(polygon, 1, axis=0) - polygon)
     after = polygon + share * (np.roll(polygon, -1, axis=0) - polygon)
@@ -54,15 +54,15 @@ def rounded(polygon: np.ndarray, share: float) -> np.ndarray:
 
 
 def signed_distance(x: np.ndarray, y: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """Returns the distance of points to a polygon's edge, negative inside it, in pixels.
+    """Return the distance of points to a polygon's edge in pixels, negative inside it.
 
     Args:
-        x: coordinates of the points, in any shape.
-        y: likewise, in any shape that broadcasts with that of x.
-        polygon: (V, 2), without self-intersections, in either orientation.
+        x: x coordinates of the points, in any shape.
+        y: y coordinates of the points, in any shape that broadcasts with that of x.
+        polygon: Vertices (V, 2) of a polygon without self-intersections, in either orientation.
 
     Returns:
-        The distances, in the shape that x and y broadcast to.
+        Distances, in the shape that x and y broadcast to.
     """
     shape = np.broadcast(x, y).shape
     nearest = np.full(shape, np.inf)
@@ -82,26 +82,26 @@ def signed_distance(x: np.ndarray, y: np.ndarray, polygon: np.ndarray) -> np.nda
 
 
 def coverage(distance: np.ndarray) -> np.ndarray:
-    """How much of a pixel lies within an edge, from its centre's signed distance to the edge."""
+    """Return the fraction of a pixel inside an edge, from its center's signed distance to it."""
     return np.clip(0.5 - distance, 0, 1)
 
 
 def box_around(points: np.ndarray, margin: float) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-    """Returns the box of whole pixels around points (N, 2): its first pixel, and its centres."""
+    """Return the box of whole pixels around points (N, 2): its first pixel, and its centers."""
     left, top = np.floor(points.min(axis=0) - margin).astype(int)
     right, bottom = np.ceil(points.max(axis=0) + margin).astype(int)
     return (left, top), *pixel_centers(left, top, right, bottom)
 
 
 def pixel_centers(left: int, top: int, right: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns x as a row and y as a column, which broadcast to all pixels of a box."""
+    """Return the centers of a box's pixels: x as a row and y as a column, which broadcast."""
     return np.arange(left, right)[None, :] + 0.5, np.arange(top, bottom)[:, None] + 0.5
 
 
 def blend(
     canvas: np.ndarray, corner: tuple[int, int], color: tuple[int, int, int], alpha: np.ndarray
 ) -> None:
-    """Mixes a colour into a box of the canvas, in place, as far as the box lies on it."""
+    """Blend a color into a box of the canvas, in place, as far as the box lies on it."""
     on_canvas, on_box = overlap(canvas.shape, corner, alpha.shape)
     area = canvas[on_canvas]
     area += alpha[on_box][..., None] * (np.array(color) - area)
@@ -110,12 +110,12 @@ def blend(
 def overlap(
     canvas: tuple[int, ...], corner: tuple[int, int], box: tuple[int, int]
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Returns the part that a canvas and a box share, as (rows, columns) of each of the two.
+    """Return the part that a canvas and a box share, as (rows, columns) of each of the two.
 
     Args:
-        canvas: its shape, (H, W, ...).
-        corner: the box's first pixel (x, y) on the canvas; may lie outside.
-        box: its shape, (height, width).
+        canvas: Shape of the canvas, (H, W, ...).
+        corner: First pixel (x, y) of the box on the canvas; may lie outside.
+        box: Shape of the box, (height, width).
     """
     on_canvas, on_box = [], []
     for size, start, extent in zip(canvas, reversed(corner), box):

@@ -1,10 +1,10 @@
-"""The lamps dataset on disk: PNG pictures and annotations in COCO's format.
+"""The lamps dataset on disk: PNG images and annotations in COCO format.
 
     <folder>/annotations/instances_<split>.json
     <folder>/<split>/000001.png ...
 
-Beside COCO's own keys, an image has ``cue_xy`` (the lamp's centre) and ``seed`` (the arguments of
-`image_rng`), and an annotation has ``cue_distance``, from the centre of its box to the lamp's.
+In addition to COCO's keys, an image has ``cue_xy`` (center of the lamp) and ``seed`` (arguments of
+`image_rng`), and an annotation has ``cue_distance``, from the center of its box to the lamp's.
 All are in pixels. The files hold no date and no path: the same arguments give the same bytes.
 """
 
@@ -29,22 +29,22 @@ SPLITS = {"train": 400, "val": 100}
 
 
 def annotation_file(folder: str, split: str) -> str:
-    """Returns the path of a split's COCO annotations."""
+    """Return the path of a split's annotation file."""
     return os.path.join(folder, "annotations", f"instances_{split}.json")
 
 
 def image_root(folder: str, split: str) -> str:
-    """Returns the path of the folder of a split's pictures."""
+    """Return the path of a split's image directory."""
     return os.path.join(folder, split)
 
 
 def image_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """Returns the generator of one picture, which no other picture's existence affects.
+    """Return the random number generator of one image, which does not depend on other images.
 
     Args:
-        seed: of the dataset.
-        split: its name.
-        index: of the picture in its split, from 0.
+        seed: Random seed of the dataset.
+        split: Name of the split.
+        index: Index of the image in its split.
     """
     return np.random.default_rng([seed, zlib.crc32(split.encode()), index])
 
@@ -52,34 +52,33 @@ def image_rng(seed: int, split: str, index: int) -> np.random.Generator:
 def write_dataset(
     folder: str, split: str, count: int, *, seed: int = 0, params: LampsParams | None = None
 ) -> None:
-    """Draws a split and writes it into ``folder``, over what is there.
+    """Generate a split and write it into a directory, over the files there.
 
-    Whoever may be interrupted, or may share the folder with other processes, wants
-    `ensure_dataset` instead.
+    Use `ensure_dataset` where the process may be interrupted, or shares the directory with others.
 
     Args:
-        folder: the dataset's folder; made if missing.
-        split: name of the split.
-        count: number of pictures.
-        seed: of the dataset.
-        params: what the pictures look like; defaults to LampsParams().
+        folder: Directory of the dataset; created if missing.
+        split: Name of the split.
+        count: Number of images.
+        seed: Random seed of the dataset.
+        params: Parameters of the images; by default `LampsParams()`.
     """
     params = params or LampsParams()
     os.makedirs(os.path.dirname(annotation_file(folder, split)), exist_ok=True)
     os.makedirs(image_root(folder, split), exist_ok=True)
     images, annotations = [], []
-    annotation_ids = itertools.count(1)  # pycocotools takes the id 0 for "not matched"
+    annotation_ids = itertools.count(1)  # pycocotools treats the id 0 as "not matched"
     for index in range(count):
-        picture, instances, lamp = render_image(image_rng(seed, split, index), params)
+        pixels, instances, lamp = render_image(image_rng(seed, split, index), params)
         image = {
             "id": index + 1,
             "file_name": f"{index + 1:06d}.png",
-            "height": picture.shape[0],
-            "width": picture.shape[1],
+            "height": pixels.shape[0],
+            "width": pixels.shape[1],
             "cue_xy": _round_all(lamp.center),
             "seed": [seed, split, index],
         }
-        Image.fromarray(picture).save(os.path.join(image_root(folder, split), image["file_name"]))
+        Image.fromarray(pixels).save(os.path.join(image_root(folder, split), image["file_name"]))
         images.append(image)
         annotations += [
             {"id": next(annotation_ids), "image_id": image["id"], **_annotation(instance, lamp)}
@@ -103,37 +102,37 @@ def ensure_dataset(
     seed: int = 0,
     params: LampsParams | None = None,
 ) -> None:
-    """Makes sure that ``folder`` holds the dataset, drawing it where there is nothing yet.
+    """Generate the dataset unless its directory holds it already.
 
-    The folder appears whole or not at all, and any number of processes may call this at once.
+    The directory appears complete or not at all, and any number of processes may call this at once.
 
     Args:
-        folder: the dataset's folder.
-        splits: the number of pictures of each split.
-        seed: of the dataset.
-        params: what the pictures look like; defaults to LampsParams().
+        folder: Directory of the dataset.
+        splits: Number of images of each split.
+        seed: Random seed of the dataset.
+        params: Parameters of the images; by default `LampsParams()`.
 
     Raises:
-        FileExistsError: the folder holds something else, such as pictures of another seed. It is
-            neither used nor overwritten.
-        OSError: the folder cannot be written.
+        FileExistsError: If the directory holds something else, such as images of another seed,
+            which is neither used nor overwritten.
+        OSError: If the directory cannot be written.
     """
     params = params or LampsParams()
     if _is_free(folder):
         try:
-            _write_whole(folder, splits, seed, params)
+            _write_atomically(folder, splits, seed, params)
         except OSError as error:
             raise OSError(
                 f"Cannot write the lamps dataset to {os.path.abspath(folder)} "
                 f"({error.strerror or error}): set the environment variable DETECTRON2_DATASETS to "
-                "a folder that can be written."
+                "a writable directory."
             ) from error
     for split, count in splits.items():
         if _read_info(annotation_file(folder, split)) != _info(split, count, seed, params):
             raise FileExistsError(
-                f"{os.path.abspath(folder)} is not the lamps dataset that this version draws with "
-                "these settings: delete it to have it drawn anew, or set the environment variable "
-                "DETECTRON2_DATASETS to another folder."
+                f"{os.path.abspath(folder)} is not the lamps dataset that this version generates "
+                "with these settings: delete it to have it generated again, or set the environment "
+                "variable DETECTRON2_DATASETS to another directory."
             )
 
 
@@ -141,13 +140,15 @@ def _is_free(folder: str) -> bool:
     return not os.path.exists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
 
 
-def _write_whole(folder: str, splits: Mapping[str, int], seed: int, params: LampsParams) -> None:
-    """Writes the dataset aside, then gives it its name in one step."""
+def _write_atomically(
+    folder: str, splits: Mapping[str, int], seed: int, params: LampsParams
+) -> None:
+    """Write the dataset to a temporary directory, then rename it."""
     parent, name = os.path.split(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as aside:
-        # One level down, since a temporary folder itself is closed to other users.
-        staged = os.path.join(aside, name)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
+        # One level down, since a temporary directory itself is closed to other users.
+        staged = os.path.join(temporary, name)
         for split, count in splits.items():
             write_dataset(staged, split, count, seed=seed, params=params)
         try:
@@ -155,11 +156,11 @@ def _write_whole(folder: str, splits: Mapping[str, int], seed: int, params: Lamp
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            # Another process was first; the caller checks what it wrote.
+            # Another process was first; the caller checks its files.
 
 
 def _read_info(path: str) -> object:
-    """Returns what an annotation file says of its making; None if it is no such file."""
+    """Return the "info" of an annotation file; None if it has none."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)["info"]
@@ -180,7 +181,7 @@ def _info(split: str, count: int, seed: int, params: LampsParams) -> dict:
 
 
 def _annotation(instance: Instance, lamp: Lamp) -> dict:
-    """Returns the keys of a COCO annotation that depend on the instance alone."""
+    """Return the keys of a COCO annotation that depend on the instance alone."""
     low, high = instance.polygon.min(axis=0), instance.polygon.max(axis=0)
     return {
         "category_id": instance.category + 1,
@@ -193,7 +194,7 @@ def _annotation(instance: Instance, lamp: Lamp) -> dict:
 
 
 def _area(polygon: np.ndarray) -> float:
-    """Returns the area of a polygon (V, 2), by the shoelace formula."""
+    """Return the area of a polygon (V, 2) by the shoelace formula."""
     x, y = polygon.T
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 

@@ -28,12 +28,13 @@ import torch
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
+from nonlocal_det.cli import check_data
 from nonlocal_det.config import load_config
 from nonlocal_det.data import register_lamps
 from nonlocal_det.data.dataset_mapper import CheckedDatasetMapper
 from nonlocal_det.data.issue_types import ERROR, ISSUE_TYPES, REMOVED
 from nonlocal_det.data.lamps.writer import annotation_file, ensure_dataset
-from nonlocal_det.engine import Trainer, nonlocal_argument_parser, run_dataset_check
+from nonlocal_det.engine import Trainer, nonlocal_argument_parser
 from nonlocal_det.engine.custom_data import load_custom_datasets
 
 PROJECT = Path(__file__).parents[1]
@@ -440,7 +441,7 @@ def test_a_dataset_with_errors_prevents_a_run(
         if ISSUE_TYPES[issue_type].message in line
     ]
     assert len(shown) == 1 and shown[0].startswith(f"  {ERROR}") and said in shown[0]
-    assert not run_dataset_check(nonlocal_argument_parser().parse_args(arguments))
+    assert check_data.main(arguments) == 1
     assert contents(folder) == before
 
 

@@ -109,7 +109,12 @@ class DatasetReport:
 
 
 def compare_splits(train: DatasetReport, val: DatasetReport) -> None:
-    """Add issues between training and validation set to the report on the validation set."""
+    """Add issues between training and validation set to the report on the validation set.
+
+    Args:
+        train: Report on the training set.
+        val: Report on the validation set, which is changed.
+    """
     if train.classes and val.classes and train.classes != val.classes:
         val.add("other_categories", [_difference(train.classes, val.classes)])
     if train.keypoints and val.keypoints and train.keypoints != val.keypoints:

@@ -143,7 +143,15 @@ def validate_files(cfg: CfgNode, files: dict[str, tuple[str, str]]) -> dict[str,
 
 
 def cfg_overrides_from_dataset(cfg: CfgNode, report: DatasetReport) -> dict[str, Any]:
-    """Return config values, by key, for the classes, masks and keypoints of a dataset."""
+    """Derive config values from the classes, masks and keypoints of a dataset.
+
+    Args:
+        cfg: Config, which says whether keypoints are needed.
+        report: Report on the training set or, for evaluation, on the validation set.
+
+    Returns:
+        Values by config key.
+    """
     num_classes = len(report.classes)
     overrides: dict[str, Any] = {
         "MODEL.ROI_HEADS.NUM_CLASSES": num_classes,

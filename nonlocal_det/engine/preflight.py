@@ -112,9 +112,9 @@ def _as_list(names: Union[str, Iterable[str]]) -> list[str]:
 
 def _check_solver(cfg: CfgNode, world_size: int, device: str) -> None:
     solver = cfg.SOLVER
-    check_positive_int("SOLVER.MAX_ITER", solver.MAX_ITER)
     images_per_batch = Trainer.auto_scale_workers(cfg, world_size).SOLVER.IMS_PER_BATCH
     check_batch_size(images_per_batch, solver.ACCUMULATION_STEPS, world_size)
+    check_positive_int("SOLVER.MAX_ITER", solver.MAX_ITER)
     resolve_amp_dtype(solver.AMP.ENABLED, solver.AMP.DTYPE, "SOLVER.AMP.DTYPE", device)
 
 

@@ -70,6 +70,12 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
     ) -> GradAccumTrainer:
         """Build the trainer of one iteration, by ``SOLVER.ACCUMULATION_STEPS`` and ``SOLVER.AMP``.
 
+        Args:
+            cfg: Config of the run.
+            model: Model on its device, wrapped in DDP if there are several processes.
+            loader: Training loader.
+            optimizer: Optimizer of the model's parameters.
+
         Raises:
             ValueError: If the device cannot train in the dtype of ``SOLVER.AMP``.
         """
@@ -142,6 +148,11 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
         cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
     ) -> DatasetEvaluator:
         """Build the evaluator of a COCO, semantic or panoptic dataset.
+
+        Args:
+            cfg: Config of the run.
+            dataset_name: Name of a registered dataset.
+            output_folder: Output directory; by default ``inference`` in ``OUTPUT_DIR``.
 
         Raises:
             ValueError: If the dataset is of another kind.

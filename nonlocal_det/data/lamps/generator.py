@@ -190,13 +190,7 @@ def render_image(
     height, width = (int(side) for side in rng.integers((low, left), (high, right), endpoint=True))
     (lamp_x, lamp_y, lamp_radius), circles = _arrange(rng, params, height, width)
     lamp = Lamp(color, (lamp_x, lamp_y), lamp_radius)
-    colors = rng.permutation(len(_PASTELS))
-    shapes = []
-    for i, (x, y, radius) in enumerate(circles):
-        outline, polygon = _random_polygon(rng)
-        pastel = _PASTELS[colors[i % len(colors)]]
-        shapes.append(_make_shape(outline, polygon * radius + (x, y), pastel))
-
+    shapes = _sample_shapes(rng, circles)
     canvas = _background(rng, height, width)
     for shape in shapes:
         _paint_shadow(canvas, shape)
@@ -258,6 +252,17 @@ def _random_point(
     rng: np.random.Generator, height: int, width: int, margin: float
 ) -> tuple[float, float]:
     return float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin))
+
+
+def _sample_shapes(rng: np.random.Generator, circles: list[_Circle]) -> list[_Shape]:
+    """Sample outline and color of a shape in each circle."""
+    colors = rng.permutation(len(_PASTELS))
+    shapes = []
+    for i, (x, y, radius) in enumerate(circles):
+        outline, polygon = _random_polygon(rng)
+        pastel = _PASTELS[colors[i % len(colors)]]
+        shapes.append(_make_shape(outline, polygon * radius + (x, y), pastel))
+    return shapes
 
 
 def _random_polygon(rng: np.random.Generator) -> tuple[int, np.ndarray]:

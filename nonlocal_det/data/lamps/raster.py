@@ -20,7 +20,15 @@ def regular(corners: int) -> np.ndarray:
 
 
 def star(points: int, inner: float) -> np.ndarray:
-    """Return a star (2 points, 2) whose inner corners lie at the radius ``inner``."""
+    """Return a star.
+
+    Args:
+        points: Number of points.
+        inner: Radius of the inner corners, relative to that of the points.
+
+    Returns:
+        Vertices (2 points, 2).
+    """
     corners = regular(2 * points)
     corners[1::2] *= inner
     return corners
@@ -87,7 +95,15 @@ def coverage(distance: np.ndarray) -> np.ndarray:
 
 
 def box_around(points: np.ndarray, margin: float) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-    """Return the box of whole pixels around points (N, 2): its first pixel, and its centers."""
+    """Return the box of whole pixels around points.
+
+    Args:
+        points: Points (N, 2) as (x, y).
+        margin: Minimum distance of the box's border from the points.
+
+    Returns:
+        First pixel (x, y) of the box, and the centers of its pixels, as `pixel_centers`.
+    """
     left, top = np.floor(points.min(axis=0) - margin).astype(int)
     right, bottom = np.ceil(points.max(axis=0) + margin).astype(int)
     return (left, top), *pixel_centers(left, top, right, bottom)
@@ -101,7 +117,14 @@ def pixel_centers(left: int, top: int, right: int, bottom: int) -> tuple[np.ndar
 def blend(
     canvas: np.ndarray, corner: tuple[int, int], color: tuple[int, int, int], alpha: np.ndarray
 ) -> None:
-    """Blend a color into a box of the canvas, in place, as far as the box lies on it."""
+    """Blend a color into a box of the canvas, in place, as far as the box lies on it.
+
+    Args:
+        canvas: Canvas (H, W, 3).
+        corner: First pixel (x, y) of the box on the canvas; may lie outside.
+        color: RGB color.
+        alpha: Opacity from 0 to 1 at each pixel of the box, (height, width).
+    """
     on_canvas, on_box = overlap(canvas.shape, corner, alpha.shape)
     area = canvas[on_canvas]
     area += alpha[on_box][..., None] * (np.array(color) - area)

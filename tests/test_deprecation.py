@@ -17,6 +17,8 @@ from nonlocal_det.utils.deprecation import (
     renamed_arguments,
     renamed_attributes,
     renamed_method,
+    renamed_property,
+    renamed_value,
 )
 
 NAMES = {
@@ -60,13 +62,27 @@ def test_a_former_keyword_of_the_trainer() -> None:
     assert trainer.accumulation_steps == 3
 
 
-def test_former_arguments_and_methods() -> None:
+def test_former_values() -> None:
+    renamed = {"he": "kaiming"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [renamed_value("INIT", value, renamed) for value in ("kaiming", 3)] == ["kaiming", 3]
+    with pytest.warns(FutureWarning, match="^INIT 'he' is now 'kaiming';"):
+        assert renamed_value("INIT", "he", renamed) == "kaiming"
+
+
+def test_former_arguments_methods_and_properties() -> None:
     class Camera:
         @renamed_arguments(images="num_images")
         def shoot(self, num_images: int = 1) -> int:
             return num_images
 
+        @property
+        def lens_name(self) -> str:
+            return "50 mm"
+
         snap = renamed_method("snap", "shoot")
+        lens = renamed_property("lens", "lens_name")
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -75,6 +91,8 @@ def test_former_arguments_and_methods() -> None:
         assert Camera().shoot(images=3) == 3
     with pytest.warns(FutureWarning, match="Camera.snap is now shoot"):
         assert Camera().snap(4) == 4
+    with pytest.warns(FutureWarning, match="Camera.lens is now lens_name"):
+        assert Camera().lens == "50 mm"
     with pytest.raises(TypeError, match="both num_images= and its old name, images="):
         Camera().shoot(images=3, num_images=3)
 

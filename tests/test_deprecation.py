@@ -129,7 +129,7 @@ def test_former_options(old: list[str], new: list[str]) -> None:
     assert old[0] not in parser().format_help().replace(new[0], "")
 
 
-def test_former_options_are_checked_likewise(capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_of_former_options_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--images", "many"], ["--what", "sums"]):
         with pytest.raises(SystemExit):
             parser().parse_args(arguments)

@@ -239,9 +239,9 @@ def test_curves_show_the_evaluation(count):
     )
     expected = (precision[0], precision[5], precision.mean(axis=0))
     for axis, curves in zip(figure.axes, expected):
-        drawn = {tuple(np.round(line.get_ydata(), 9)) for line in axis.lines}
+        plotted = {tuple(np.round(line.get_ydata(), 9)) for line in axis.lines}
         wanted = [*curves.T, *([curves.mean(axis=1)] if count > 1 else [])]
-        assert drawn == {tuple(np.round(curve, 9)) for curve in wanted}
+        assert plotted == {tuple(np.round(curve, 9)) for curve in wanted}
         assert axis.get_title().endswith(f"AP {100 * curves.mean():.1f}")
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(labels) == {1: 1, 3: 4, 80: 10}[count]

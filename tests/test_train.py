@@ -61,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, datasets: Path) -> Path:
     return output
 
 
-def test_training_leaves_what_detectron2_leaves(trained: Path) -> None:
+def test_training_writes_the_files_of_detectron2(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "last_checkpoint"} <= names
     assert (trained / "inference" / "coco_instances_results.json").exists()

@@ -40,7 +40,7 @@ servers.set_forkserver_preload(
 
 @dataclass
 class Workspace:
-    """A folder with the dataset and a configuration; runs write beside them."""
+    """A folder with the dataset and a config, in which runs have their output directories."""
 
     folder: Path
     model: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
@@ -52,7 +52,7 @@ class Workspace:
         (self.folder / "tiny.yaml").write_text(cfg.dump())
 
     def start(self, output: str, *arguments: Any, before: Any = None) -> Any:
-        """A run, in a process that is under way; ``before`` is called in it first."""
+        """Start a run in a process of its own; ``before`` is called in it first."""
         given = ["--config-file", self.folder / "tiny.yaml", *arguments]
         run = [*given, "OUTPUT_DIR", self.folder / output]
         process = servers.Process(target=_train, args=(self.folder, output, run, before))
@@ -60,7 +60,7 @@ class Workspace:
         return process
 
     def train(self, output: str, *arguments: Any, before: Any = None, fails: bool = False) -> str:
-        """A run to its end; what it printed."""
+        """Wait for a run to end; return its output."""
         process = self.start(output, *arguments, before=before)
         process.join(300)
         said = (self.folder / f"{output}.said").read_text()
@@ -74,7 +74,7 @@ class Workspace:
         return self.checkpoint(output)["model"]
 
     def metrics(self, output: str) -> list[dict[str, float]]:
-        """The lines of metrics.json, without what a clock decided."""
+        """The lines of metrics.json without timings."""
         clock = ("time", "data_time", "rank_data_time", "eta_seconds")
         lines = (self.folder / output / "metrics.json").read_text().splitlines()
         rows = [json.loads(line) for line in lines]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional
@@ -12,6 +11,8 @@ import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+
+from .utils.config_files import find_config_file
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
@@ -74,12 +75,15 @@ def default_settings() -> dict[str, Any]:
 def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     """detectron2's defaults and ours, then a YAML file, then ``KEY VALUE`` pairs over it.
 
+    Args:
+        config_file: Path of a YAML file, or its name in the model zoo.
+        options: Keys and values in turn, which replace those of the file.
+
     Raises:
-        FileNotFoundError: if the file does not exist.
+        FileNotFoundError: If the file does not exist, with the nearest names of the model zoo.
         ValueError: if a key does not exist, with the nearest that do, or a value's type is another.
     """
-    if not os.path.isfile(config_file):
-        raise FileNotFoundError(f"There is no configuration file {config_file!r}.")
+    config_file = find_config_file(config_file)
     if config_file.endswith(".py"):
         raise ValueError(
             f"{config_file!r} is a LazyConfig, which tools/lazyconfig_train_net.py takes; a YAML "
@@ -106,12 +110,15 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
 def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A LazyConfig, with ``KEY=VALUE`` over it.
 
+    Args:
+        config_file: Path of a Python file, or its name in the model zoo.
+        overrides: ``KEY=VALUE`` each, which replace values of the file.
+
     Raises:
-        FileNotFoundError: if the file does not exist.
+        FileNotFoundError: If the file does not exist, with the nearest names of the model zoo.
         ValueError: if it cannot be read; for an override that cannot, or of a key that nothing has.
     """
-    if not os.path.isfile(config_file):
-        raise FileNotFoundError(f"There is no configuration file {config_file!r}.")
+    config_file = find_config_file(config_file)
     if not config_file.endswith(".py"):
         raise ValueError(
             f"{config_file!r} is no LazyConfig, whose name ends in .py; tools/train_net.py takes "

@@ -75,12 +75,8 @@ def default_settings() -> dict[str, Any]:
 def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     """detectron2's defaults and ours, then a YAML file, then ``KEY VALUE`` pairs over it.
 
-    Args:
-        config_file: Path of a YAML file, or its name in the model zoo.
-        options: Keys and values in turn, which replace those of the file.
-
     Raises:
-        FileNotFoundError: If the file does not exist, with the nearest names of the model zoo.
+        FileNotFoundError: if the file does not exist.
         ValueError: if a key does not exist, with the nearest that do, or a value's type is another.
     """
     config_file = find_config_file(config_file)
@@ -110,12 +106,8 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
 def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A LazyConfig, with ``KEY=VALUE`` over it.
 
-    Args:
-        config_file: Path of a Python file, or its name in the model zoo.
-        overrides: ``KEY=VALUE`` each, which replace values of the file.
-
     Raises:
-        FileNotFoundError: If the file does not exist, with the nearest names of the model zoo.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it cannot be read; for an override that cannot, or of a key that nothing has.
     """
     config_file = find_config_file(config_file)

@@ -71,6 +71,33 @@ def renamed_method(old: str, new: str) -> Callable[..., Any]:
     return call
 
 
+def renamed_property(old: str, new: str) -> property:
+    """Build the property of the former name ``old``, which reads the property ``new``."""
+
+    def get(self: Any) -> Any:
+        warn_renamed(f"{type(self).__name__}.{old}", new)
+        return getattr(self, new)
+
+    return property(get)
+
+
+def renamed_value(name: str, value: Any, renamed: Mapping[str, str]) -> Any:
+    """Replace the former value of a setting.
+
+    Args:
+        name: Name of the setting, for the warning.
+        value: Value given to the setting.
+        renamed: New value of each former one.
+
+    Returns:
+        The value itself, or the one that replaces it.
+    """
+    if not isinstance(value, str) or value not in renamed:
+        return value
+    warn_renamed(f"{name} {value!r}", repr(renamed[value]))
+    return renamed[value]
+
+
 class RenamedOption(argparse.Action):
     """The former name of a command-line option: not listed by ``--help``; warns and works.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional
@@ -12,6 +11,8 @@ import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+
+from .utils.config_files import find_config_file
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
@@ -78,8 +79,7 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
         FileNotFoundError: if the file does not exist.
         ValueError: if a key does not exist, with the nearest that do, or a value's type is another.
     """
-    if not os.path.isfile(config_file):
-        raise FileNotFoundError(f"There is no configuration file {config_file!r}.")
+    config_file = find_config_file(config_file)
     if config_file.endswith(".py"):
         raise ValueError(
             f"{config_file!r} is a LazyConfig, which tools/lazyconfig_train_net.py takes; a YAML "
@@ -110,8 +110,7 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
         FileNotFoundError: if the file does not exist.
         ValueError: if it cannot be read; for an override that cannot, or of a key that nothing has.
     """
-    if not os.path.isfile(config_file):
-        raise FileNotFoundError(f"There is no configuration file {config_file!r}.")
+    config_file = find_config_file(config_file)
     if not config_file.endswith(".py"):
         raise ValueError(
             f"{config_file!r} is no LazyConfig, whose name ends in .py; tools/train_net.py takes "

@@ -1,14 +1,14 @@
-"""Comparing variants: AP by distance, reach, intervals, suites, and a real small comparison.
+"""Ablation: AP by distance, receptive field, intervals, suites, and a real small study.
 
-Tried by hand, and seen to fail: the area of a detection left as it is; ranges that hold both of
-their ends; differences of means, unpaired; a suite that trains again what is done.
+Mutations tried by hand; each makes at least one test here fail: the area of a
+detection left as it is; ranges that include both of their ends; differences of means, unpaired; a
+suite that trains finished runs again.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from nonlocal_det.ablation.receptive_field import receptive_field_radius
 from nonlocal_det.ablation.runs import RESULT
 from nonlocal_det.ablation.statistics import paired_difference, tables
 from nonlocal_det.ablation.suite import read_suite
+from nonlocal_det.cli.ablate import main
 from nonlocal_det.config import load_config
 from nonlocal_det.data import ensure_dataset, register_lamps
 from nonlocal_det.modeling.supported_positions import check_positions
 
 PROJECT = Path(__file__).parents[1]
-SUITES = sorted((PROJECT / "configs" / "compare").glob("*.yaml"))
+SUITES = sorted((PROJECT / "configs" / "ablation").glob("*.yaml"))
 CONFIG = PROJECT / "configs" / "Base-Lamps-Faster-RCNN-C4.yaml"
 
 
@@ -108,10 +109,10 @@ def test_a_dataset_without_cues_is_refused(tmp_path: Path) -> None:
         ap_by_distance(str(file), [], (0, 10))
 
 
-# ---- how far a model sees
+# ---- receptive field
 
 
-def test_reach_is_that_of_the_convolutions() -> None:
+def test_receptive_field_is_that_of_the_convolutions() -> None:
     """By hand, at res4 of R50: 7 + 2 x 2 (pool) + 3 x 2 x 4 (res2) + 4 x 2 x 8 + 6 x 2 x 16.
 
     That is 291 pixels, 145 to a side of a cell; and pooling looks at cells around the box, the
@@ -207,11 +208,11 @@ def test_a_wrong_suite_says_so(change: dict[str, Any], said: str, tmp_path: Path
         read_suite(str(file))
 
 
-# ---- a comparison
+# ---- a study
 
 
 @pytest.mark.long
-def test_a_comparison_from_training_to_tables(
+def test_a_study_from_training_to_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
@@ -229,8 +230,6 @@ def test_a_comparison_from_training_to_tables(
     }
     suite, output = tmp_path / "suite.yaml", tmp_path / "output"
     suite.write_text(yaml.safe_dump(content, sort_keys=False))
-    monkeypatch.syspath_prepend(PROJECT / "tools")  # as where it is started as a script
-    main = runpy.run_path(str(PROJECT / "tools" / "compare.py"))["main"]
     arguments = ["--suite", str(suite), "--output", str(output), "--jobs", "1"]
     main(arguments)
     report = json.loads((output / "results.json").read_text())
@@ -254,10 +253,10 @@ def test_a_comparison_from_training_to_tables(
 
 
 @pytest.mark.parametrize(
-    "file", sorted((PROJECT / "docs" / "evidence").glob("*.json")), ids=lambda file: file.stem
+    "file", sorted((PROJECT / "docs" / "results").glob("*.json")), ids=lambda file: file.stem
 )
 def test_the_report_shows_what_the_runs_left(file: Path) -> None:
-    text = (PROJECT / "docs" / "evidence.md").read_text()
+    text = (PROJECT / "docs" / "results.md").read_text()
     report = json.loads(file.read_text())
     rows = [line for line in tables(report).splitlines() if line.startswith("|")]
     assert len(rows) > 10

@@ -1,14 +1,13 @@
-"""tools/analyze_blocks.py: counts against arithmetic by hand, and against the stock model's own.
+"""``nonlocal-det analyze``: counts against arithmetic by hand, and against the stock model's own.
 
-Broken by hand to see a test fail, each of these failed at least one test here:
-counting the zeros that pad values; counting queries twice and values never; prefix sums left out;
-the stock model with the blocks' share in it.
+Mutations tried by hand; each makes at least one test here fail: counting the zeros that pad values;
+counting queries twice and values never; prefix sums left out; a baseline with the blocks' share.
 """
 
 from __future__ import annotations
 
 import json
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,11 +15,12 @@ import pytest
 from detectron2.modeling import build_model
 from tiny_models import NARROW, STOCK, blocks_of, renamed
 
+from nonlocal_det.benchmark import flops
+from nonlocal_det.cli.analyze import main, parse_args
 from nonlocal_det.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = str(ROOT / "configs" / "mask_rcnn_R50_NL.yaml")
-TOOL = runpy.run_path(str(ROOT / "tools" / "analyze_model.py"))
 # res4 of a narrow ResNet has 128 channels; 64 x 96 pixels are 4 x 6 positions there.
 C, D, N = 128, 64, 24
 FEW = ["MODEL.RPN.POST_NMS_TOPK_TEST", 7, "TEST.DETECTIONS_PER_IMAGE", 3]
@@ -29,8 +29,8 @@ CONVOLUTION = N * C * D
 
 
 def analyze(*options):
-    model = TOOL["build"](CONFIG, [*SMALL, *options])
-    return model, TOOL["analyze"](model, (64, 96))
+    model = flops.build_for_analysis(CONFIG, [*SMALL, *options])
+    return model, flops.analyze(model, (64, 96))
 
 
 # By hand: theta and out for every position, phi and g for every key, of which there are 2 x 3.
@@ -69,7 +69,7 @@ def test_without_blocks_it_is_the_stock_model():
     cfg.MODEL.RPN.NMS_THRESH = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 1.0
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     stock = build_model(renamed(cfg, STOCK))
-    assert found["stock"] == TOOL["analyze"](stock, (64, 96))["total"]
+    assert found["baseline"] == flops.analyze(stock, (64, 96))["total"]
     # The block of the mask head sees every object.
     head = found["blocks"]["roi_heads.mask_head.nl_mask_fcn4"]["flops"]
     assert head == 3 * (2 * (196 + 49) * 32 * 16 + 196 * 49 * (16 + 16))
@@ -77,20 +77,20 @@ def test_without_blocks_it_is_the_stock_model():
 
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "found.json"
-    TOOL["main"](["--config-file", CONFIG, "--size", "64", "96", "--json", str(path), *SMALL])
+    main(["--config-file", CONFIG, "--size", "64", "96", "--output-json", str(path), *SMALL])
     found = json.loads(path.read_text())
     assert found["config"] == CONFIG and found["size"] == [64, 96]
     printed = capsys.readouterr().out
     assert "backbone.bottom_up.res4.nl4" in printed and "with blocks" in printed
-    share = found["blocks"]["backbone.bottom_up.res4.nl4"]["flops"] / found["stock"]["flops"]
+    share = found["blocks"]["backbone.bottom_up.res4.nl4"]["flops"] / found["baseline"]["flops"]
     assert f"{share:.2%}" in printed
-    assert found["total"]["flops"] == found["stock"]["flops"] + sum(
+    assert found["total"]["flops"] == found["baseline"]["flops"] + sum(
         block["flops"] for block in found["blocks"].values()
     )
 
 
 def test_a_lazy_configuration():
-    lazy = TOOL["build"](str(ROOT / "configs" / "lazy" / "mask_rcnn_R50_NL.py"), [])
+    lazy = flops.build_for_analysis(str(ROOT / "configs" / "lazy" / "mask_rcnn_R50_NL.py"), [])
     assert list(blocks_of(lazy)) == ["backbone.bottom_up.res4.nl4"]
 
 
@@ -101,13 +101,22 @@ def test_a_lazy_configuration():
         (["--config-file", CONFIG, "MODEL.NONLOCAL.POSITIONS", "('p9',)"], "'p9'"),
     ],
 )
-def test_wrong_input_ends_with_one_sentence(arguments, said, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["analyze_model.py"])
+def test_wrong_input_ends_with_one_sentence(arguments, said):
     with pytest.raises(SystemExit, match=said):
-        TOOL["main"](arguments)
+        main(arguments)
 
 
 def test_a_size_of_nothing(capsys):
     with pytest.raises(SystemExit):
-        TOOL["main"](["--config-file", CONFIG, "--size", "0", "96"])
+        main(["--config-file", CONFIG, "--size", "0", "96"])
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_former_names_work_and_name_the_new_ones():
+    with pytest.warns(FutureWarning, match="--json is now --output-json"):
+        args = parse_args(["--config-file", CONFIG, "--json", "counts.json"])
+    assert args.output_json == "counts.json"
+    script = str(ROOT / "tools" / "analyze_model.py")
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--output-json" in done.stdout
+    assert "FutureWarning: tools/analyze_model.py is now tools/analyze_blocks.py" in done.stderr

@@ -1,7 +1,8 @@
-"""tools/benchmark.py runs, and says what it measured; no time is asserted.
+"""``nonlocal-det benchmark`` runs and reports what it measured; no time is asserted.
 
-Broken by hand, and seen to fail: stock and blocks with different weights; a step that moves
-weights.
+Mutations tried by hand; each makes at least one test here fail: baseline and blocks with different
+weights; a step that changes weights; a dense form without its scale; a former option that stores
+its value elsewhere.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from nonlocal_det.benchmark import detector
+from nonlocal_det.benchmark.cases import Case, make_function, minimum_operations
+from nonlocal_det.cli.benchmark import make_cases, parse_args
+from nonlocal_det.layers import PAIRWISE
+
 PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT / "tools"))
-
-import benchmark_model  # noqa: E402
-
 CONFIG = str(PROJECT / "configs" / "lamps_mask_rcnn_R18_NL.yaml")
 
 
@@ -30,7 +33,7 @@ def benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.long
 def test_fast_and_dense_are_measured(tmp_path):
     case = ("--shape", "16x12x10", "--pairwise", "dot_product", "--mode", "inference")
-    done = benchmark(*case, "--rounds", 1, "--output", tmp_path)
+    done = benchmark(*case, "--repeats", 1, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     assert row["fast_seconds"] > 0 and row["dense_seconds"] > 0 and row["matmul_rate"] > 0
@@ -42,7 +45,7 @@ def test_fast_and_dense_are_measured(tmp_path):
     [
         (("--shape", "16x"), "16x"),
         (("--pairwise", "cosine"), "cosine"),
-        (("--rounds", "0"), "whole number"),
+        (("--repeats", "0"), "at least 1"),
         (("--config-file", "no_such.yaml"), "no_such.yaml"),
     ],
 )
@@ -52,24 +55,67 @@ def test_wrong_arguments_end_with_one_sentence(arguments, said):
     assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-def test_stock_and_blocks_do_the_same_work():
-    models = benchmark_model.build_both(CONFIG, "cpu")
-    inputs = benchmark_model.random_input((64, 96), 3)
-    stock, blocks = (benchmark_model.losses(models[name], inputs) for name in ("stock", "blocks"))
-    assert stock.keys() == blocks.keys()
-    assert all(torch.equal(stock[name], blocks[name]) for name in stock)
+CASE = Case("aggregation", "gaussian", (8, 5, 7), "training", "float32", "cpu", 2, 1)
 
 
-def test_a_training_step_moves_nothing():
-    model = benchmark_model.build_both(CONFIG, "cpu")["blocks"]
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+@pytest.mark.parametrize("target", ["aggregation", "block"])
+def test_fast_and_dense_forms_are_one_function(target, pairwise):
+    """Outputs and gradients, of the same inputs and weights."""
+    results = []
+    for form in ("fast", "dense"):
+        torch.manual_seed(0)
+        case = replace(CASE, target=target, pairwise=pairwise, form=form)
+        function, inputs = make_function(case)
+        if target == "block":
+            torch.nn.init.normal_(function.out.weight, generator=torch.Generator().manual_seed(1))
+        y = function(*inputs)
+        y.sin().sum().backward()
+        results.append([y, *(x.grad for x in inputs)])
+    for fast, dense in zip(*results):
+        torch.testing.assert_close(fast, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_minimum_operations_by_hand():
+    """N = 35 positions, C = 8 channels, D = 4, two images, backward as two more passes."""
+    assert minimum_operations(CASE) == 2 * 3 * 2 * 35 * 35 * (8 + 4)
+    block = replace(CASE, target="block", pairwise="concatenation", mode="inference")
+    assert minimum_operations(block) == 2 * 4 * 2 * 35 * 8 * 4
+
+
+def test_former_options_work_and_name_the_new_ones():
+    former = ["--what", "sums", "block", "--batch", "2", "--rounds", "5", "--fast-only"]
+    with pytest.warns(FutureWarning) as warned:
+        old = parse_args(former)
+    new = parse_args(
+        ["--target", "aggregation", "block", "--batch-size", "2", "--repeats", "5", "--skip-dense"]
+    )
+    assert vars(old) == vars(new) and make_cases(old) == make_cases(new)
+    said = " ".join(str(warning.message) for warning in warned)
+    for name in ("--target", "--target aggregation", "--batch-size", "--repeats", "--skip-dense"):
+        assert f"is now {name}" in said
+
+
+def test_baseline_and_blocks_do_the_same_work():
+    models = detector.build_both(CONFIG, "cpu")
+    inputs = detector.random_input((64, 96), 3)
+    baseline, blocks = (
+        detector.training_losses(models[name], inputs) for name in ("baseline", "blocks")
+    )
+    assert baseline.keys() == blocks.keys()
+    assert all(torch.equal(baseline[name], blocks[name]) for name in baseline)
+
+
+def test_a_training_step_changes_no_weight():
+    model = detector.build_both(CONFIG, "cpu")["blocks"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    benchmark_model.train(model, benchmark_model.random_input((64, 96), 3))
+    detector.train_step(model, detector.random_input((64, 96), 3))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 @pytest.mark.long
-def test_the_whole_model_is_compared():
-    done = benchmark("--config-file", CONFIG, "--size", 64, 96, "--rounds", 1)
+def test_a_whole_detector_is_measured():
+    done = benchmark("--config-file", CONFIG, "--size", 64, 96, "--repeats", 1)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if " ratio " in line]
     assert [line[0] for line in lines] == ["inference", "training"]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from nonlocal_det.cli.demo import print_table
 
 PROJECT = Path(__file__).parents[1]
 COCO = PROJECT.parent / "shared" / "data" / "coco"
@@ -86,9 +87,7 @@ def test_training_resumes(trained: Path, datasets: Path) -> None:
     assert torch.load(trained / "model_final.pth", weights_only=True)["iteration"] == 3
 
 
-def test_the_demo_shows_its_results_and_what_the_block_looks_at(
-    datasets: Path, tmp_path: Path
-) -> None:
+def test_the_demo_shows_its_results_and_the_attention(datasets: Path, tmp_path: Path) -> None:
     done = run_tool("demo.py", *SMALL, "OUTPUT_DIR", tmp_path, datasets=datasets)
     results, lines = last_results(tmp_path), done.stdout.splitlines()
     (titles,) = (line.split() for line in lines if line.split()[:1] == ["AP"])
@@ -103,11 +102,8 @@ def test_the_demo_shows_its_results_and_what_the_block_looks_at(
 
 
 def test_the_demo_prints_each_number_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
-    demo = runpy.run_path(str(PROJECT / "tools" / "demo.py"), run_name="demo")
     names = ("AP", "AP50", "AP75", "AP-teal")
-    demo["print_table"](
-        {"bbox": dict(zip(names, (1, 2, 3, 4))), "segm": dict(zip(names, (5, 6, 7, 8)))}
-    )
+    print_table({"bbox": dict(zip(names, (1, 2, 3, 4))), "segm": dict(zip(names, (5, 6, 7, 8)))})
     assert [line.split() for line in capsys.readouterr().out.strip().splitlines()] == [
         ["AP", "AP50", "AP75", "teal"],
         ["box", "1.0", "2.0", "3.0", "4.0"],

@@ -25,9 +25,10 @@ from typing import Iterator, Optional
 
 OLDEST_PYTHON = (3, 9)
 ROOT = Path(__file__).resolve().parents[1]
-# A finished environment is a function of these files, and of where it lies. Not of setup.py: the
-# project is installed in editable form, and what it needs is in requirements.txt.
+# A finished environment is a function of these files, and of where it lies. Of the project itself,
+# which is installed in editable form, that is its metadata: they name the command that is made.
 INPUTS = (
+    "pyproject.toml",
     "requirements.txt",
     "tools/bootstrap.py",
     "tools/install_detectron2.py",

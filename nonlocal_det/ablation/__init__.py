@@ -1,1 +1,1 @@
-"""Variants of a detector against each other: suites, their runs, and what can be said of them."""
+"""Ablation studies: suites of variants, their runs, and statistics of the differences."""

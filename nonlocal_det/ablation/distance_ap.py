@@ -1,8 +1,8 @@
-"""Box AP as a function of how far away what decides an object's class is.
+"""Box AP as a function of the distance between an object and the cue that decides its class.
 
 COCO's evaluation by size, with the distance in place of the area: an object outside a range is
-neither asked for nor wrong to find. A detection's distance is that of its own box, so that a false
-one counts where it lies.
+ignored, and so is a detection that matches it. A detection's distance is that of its own box, so
+that a false positive counts where it lies.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from pycocotools.cocoeval import COCOeval
 def ap_by_distance(
     json_file: str, detections: list[dict[str, Any]], edges: Sequence[float]
 ) -> list[dict[str, float]]:
-    """AP over the objects at each range of distances from their picture's cue.
+    """Compute the AP over the objects in each range of distances from their image's cue.
 
     Args:
-        json_file: ground truth in COCO's format whose images have ``cue_xy``, in pixels, as the
-            lamps datasets have.
-        detections: COCO's results format: ``image_id``, ``category_id``, ``bbox`` (x, y, width,
-            height in pixels) and ``score``.
-        edges: the ranges' ends in pixels, ascending; R + 1 of them for R ranges [low, high).
+        json_file: Ground truth in COCO's format whose images have ``cue_xy``, in pixels, as those
+            of the lamps datasets.
+        detections: Detections in COCO's results format: ``image_id``, ``category_id``, ``bbox`` (x,
+            y, width, height in pixels) and ``score``.
+        edges: Ends of the ranges in pixels, ascending; R + 1 of them for R ranges [low, high).
 
     Returns:
         For each range ``low`` and ``high``, the ``count`` of its objects, and their ``AP`` and
         ``AP50`` in percent, nan where it has none.
 
     Raises:
-        ValueError: if the images have no ``cue_xy``.
+        ValueError: If the images have no ``cue_xy``.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(json_file)
@@ -46,13 +46,13 @@ def ap_by_distance(
         for box in (*truth.anns.values(), *found.anns.values()):
             box["area"] = _distance(box["bbox"], cues[box["image_id"]])
         evaluation = COCOeval(truth, found, "bbox")
-        # COCO's ranges hold both of their ends.
+        # COCO's ranges include both of their ends.
         ranges = [[low, math.nextafter(high, low)] for low, high in zip(edges, edges[1:])]
         evaluation.params.areaRng = ranges
         evaluation.params.areaRngLbl = [str(low) for low in edges[:-1]]
         evaluation.evaluate()
         evaluation.accumulate()
-    # IoU thresholds, recalls, classes, ranges, numbers of detections allowed
+    # Axes: IoU thresholds, recalls, classes, ranges, limits of detections per image.
     precision = evaluation.eval["precision"][..., -1]
     distances = np.array([box["area"] for box in truth.anns.values()])
     return [
@@ -68,12 +68,12 @@ def ap_by_distance(
 
 
 def _distance(box: Sequence[float], cue: Sequence[float]) -> float:
-    """From a box's centre (x, y, width, height) to a point, in pixels."""
+    """Distance in pixels from the center of a box (x, y, width, height) to a point (x, y)."""
     x, y, width, height = box
     return math.dist((x + width / 2, y + height / 2), cue)
 
 
 def _mean(precision: np.ndarray) -> float:
-    """In percent; -1 marks a class without an object."""
+    """Mean precision in percent; -1 marks a class without an object."""
     known = precision[precision > -1]
     return float(known.mean() * 100) if known.size else math.nan

@@ -1,4 +1,4 @@
-"""AP against distance, drawn."""
+"""Plot of AP against the distance to the cue."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from .statistics import values_by_seed, variants
 
 
 def distance_plot(report: Mapping[str, Any]) -> Figure:
-    """A panel a task, a line a variant, through the mean AP at each range of distances.
+    """Plot one panel per task with one line per variant, through the mean AP at each range.
 
     Args:
-        report: as ``tools/run_ablation.py`` writes it, its runs with ``by_distance``. Each seed is
-            a
-            dot; lines are means. ``reach`` is drawn as a dashed line.
+        report: Content of results.json of a suite with distances. Each seed is a dot. The dashed
+            line is the limit of the baseline's receptive field.
     """
     results = report["runs"]
     tasks = list(dict.fromkeys(run["task"] for run in results))
@@ -38,7 +37,7 @@ def distance_plot(report: Mapping[str, Any]) -> Figure:
                 panel.plot([middle] * len(values), values, ".", color=color, alpha=0.5)
         panel.axvline(report["reach"], color="0.5", linestyle="--", linewidth=1)
         panel.annotate(
-            f"reach of {report['baseline']}",
+            f"receptive field of {report['baseline']}",
             (report["reach"], 2),
             xytext=(4, 0),
             textcoords="offset points",

@@ -1,4 +1,4 @@
-"""How far a detector can see: the farthest pixel that can have a part in how a box is named."""
+"""Receptive field of a detector: the farthest pixel that can influence how a box is classified."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import nn
 def receptive_field_radius(
     model: nn.Module, box_size: float, width: int, height: int = 64
 ) -> float:
-    """The receptive field of a box's pooled features, from the box's centre sideways, in pixels.
+    """Horizontal extent of the receptive field of a box's pooled features, from the box's center.
 
-    A picture's first column is nan, and what that column has a part in becomes nan too: exactly,
-    whatever the weights are.
+    The first column of an image is nan, and so becomes every feature that depends on it: the result
+    is exact for any weights.
 
     Args:
-        model: a detectron2 model with ``StandardROIHeads``; its weights stay as they are.
-        box_size: height and width of the box in pixels.
-        width: of the picture in pixels; more than the reach.
-        height: likewise.
+        model: Detectron2 model with ``StandardROIHeads``; its weights are not changed.
+        box_size: Height and width of the box in pixels.
+        width: Width of the image in pixels; it must exceed the result.
+        height: Height of the image in pixels.
 
     Returns:
-        The distance, to within a pixel; at most that of the last box inside the picture.
+        The distance in pixels, to within one; at most that of the last box inside the image.
     """
-    picture = torch.ones(1, 3, height, width, dtype=torch.float64)  # zeros would be padding
-    picture[..., 0] = torch.nan
+    image = torch.ones(1, 3, height, width, dtype=torch.float64)  # zeros would be padding
+    image[..., 0] = torch.nan
     training, dtype = model.training, next(model.parameters()).dtype
     model.double().eval()
-    features = model.backbone(picture.to(model.device))
-    # Boxes wholly inside the picture, a pixel further to the right each.
+    features = model.backbone(image.to(model.device))
+    # Boxes inside the image, each one pixel to the right of the one before.
     centers = torch.arange(box_size / 2, width - box_size / 2, dtype=torch.float64)
     middle = torch.full_like(centers, height / 2)
     centers_xyxy = torch.stack([centers, middle, centers, middle], dim=1)
@@ -41,5 +41,5 @@ def receptive_field_radius(
         [Boxes(boxes.to(model.device))],
     )
     model.to(dtype).train(training)
-    seen = centers[pooled.flatten(1).isnan().any(dim=1).cpu()]
-    return float(seen.max()) if len(seen) else 0.0
+    influenced = centers[pooled.flatten(1).isnan().any(dim=1).cpu()]
+    return float(influenced.max()) if len(influenced) else 0.0

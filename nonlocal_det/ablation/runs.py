@@ -1,7 +1,7 @@
-"""A suite's trainings, by ``tools/train_net.py`` in processes of their own, and what each left.
+"""The trainings of a suite, each a ``nonlocal-det train`` process, and their results.
 
-A run is done when its folder has ``result.json``. One that was interrupted goes on from its last
-checkpoint, so a suite may be stopped and started at any time.
+A run is finished when its folder has ``result.json``. One that was interrupted resumes from its
+last checkpoint, so a suite may be stopped and started at any time.
 """
 
 from __future__ import annotations
@@ -10,42 +10,60 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Optional
 
-from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
+from ..engine import check_dataset_registered
 from ..engine.run_info import read_run_info
+from ..modeling.supported_positions import check_positions
 from ..utils.file_io import atomic_write
 from .distance_ap import ap_by_distance
 from .suite import Run, Suite
 
 RESULT = "result.json"
 LOG = "output.txt"
+TRAIN_COMMAND = (sys.executable, "-m", "nonlocal_det", "train")
 
 
-def train_all(
-    suite: Suite, output: str, program: Sequence[str], *, jobs: int, threads: int
-) -> Iterator[dict[str, Any]]:
-    """Train and evaluate what is not yet done; yield each run's result when there is one.
+def check_suite(suite: Suite) -> str:
+    """Check, before anything is trained, that each run can start.
 
-    Args:
-        suite: what to train.
-        output: folder below which each run has its own.
-        program: the command that trains, up to its arguments.
-        jobs: how many to train at once.
-        threads: of each.
+    Returns:
+        The device that the suite trains on.
 
     Raises:
-        RuntimeError: if a run fails, with the end of what it printed; those that run are awaited.
+        ValueError: If a key, value or position does not exist.
+        FileNotFoundError: If a dataset is missing.
+    """
+    for run in suite.runs():
+        cfg = load_config(suite.config, run.options)
+        check_positions(cfg)
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            check_dataset_registered(name)
+    return cfg.MODEL.DEVICE
+
+
+def train_all(suite: Suite, output: str, *, jobs: int, threads: int) -> Iterator[dict[str, Any]]:
+    """Train and evaluate the unfinished runs; yield the result of each run once it has one.
+
+    Args:
+        suite: Suite to train.
+        output: Folder below which each run has its own.
+        jobs: Number of parallel trainings.
+        threads: Number of CPU threads of each training.
+
+    Raises:
+        RuntimeError: If a run fails, with the file of its output; running ones are waited for.
     """
     with ThreadPoolExecutor(jobs) as pool:
-        pending = [pool.submit(train, suite, run, output, program, threads) for run in suite.runs()]
+        pending = [pool.submit(train, suite, run, output, threads) for run in suite.runs()]
         try:
             for done in as_completed(pending):
                 yield done.result()
@@ -53,26 +71,24 @@ def train_all(
             pool.shutdown(cancel_futures=True)
 
 
-def train(
-    suite: Suite, run: Run, output: str, program: Sequence[str], threads: int
-) -> dict[str, Any]:
-    """The result of one run, which is trained if it has none yet."""
+def train(suite: Suite, run: Run, output: str, threads: int) -> dict[str, Any]:
+    """Return the result of one run, which is trained if it has none yet."""
     folder = os.path.join(output, run.folder)
     result = read_result(folder)
     if result is not None:
         return result
     os.makedirs(folder, exist_ok=True)
-    command = [*program, "--config-file", suite.config, "--resume"]
     start = time.perf_counter()
     with open(os.path.join(folder, LOG), "ab") as log:
         done = subprocess.run(
-            [*command, *run.options, "OUTPUT_DIR", folder],
+            [*TRAIN_COMMAND, "--config-file", suite.config, "--resume", *run.options]
+            + ["OUTPUT_DIR", folder],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
     if done.returncode:
-        raise RuntimeError(f"{run.folder} ended with {done.returncode}: see {log.name!r}.")
+        raise RuntimeError(f"{run.folder} failed with exit code {done.returncode}: see {log.name}.")
     result = {
         "task": run.task,
         "variant": run.variant,
@@ -87,40 +103,38 @@ def train(
 
 
 def anonymized(start: dict[str, Any]) -> dict[str, Any]:
-    """What run.json says of a start, without the places of this machine."""
+    """The entry of a start in run.json, without this machine's name and paths."""
     kept = {key: start[key] for key in ("started", "seed", "versions", "git")}
-    arguments = [os.path.relpath(a) if os.path.isabs(a) else a for a in start["command"][1:]]
+    program, *arguments = start["command"][1:]
+    script = ["-m", "nonlocal_det"] if program.endswith("__main__.py") else [program]
+    command = [os.path.relpath(a) if os.path.isabs(a) else a for a in (*script, *arguments)]
     machine = {key: value for key, value in start["machine"].items() if key != "name"}
-    return {**kept, "command": shlex.join(["python", *arguments]), "machine": machine}
+    return {**kept, "command": shlex.join(["python", *command]), "machine": machine}
 
 
 def last_metrics(folder: str) -> dict[str, float]:
-    """AP, AP50 and AP75 of each task that a run ended with, by their names in metrics.json."""
+    """AP, AP50 and AP75 of each task at the end of a run, by their names in metrics.json."""
     with open(os.path.join(folder, "metrics.json"), encoding="utf-8") as file:
         last = json.loads(file.readlines()[-1])
     return {key: value for key, value in last.items() if key.endswith(("/AP", "/AP50", "/AP75"))}
 
 
-def distances(suite: Suite, run: Run, output: str, reach: float) -> dict[str, Any]:
-    """A finished run's AP by the suite's ranges of distances, and by the one beyond ``reach``."""
+def evaluate_by_distance(suite: Suite, run: Run, output: str, reach: float) -> dict[str, Any]:
+    """Evaluate a finished run at the suite's ranges of distances and beyond ``reach`` pixels."""
     folder = os.path.join(output, run.folder, "inference")
     with open(os.path.join(folder, "coco_instances_results.json"), encoding="utf-8") as file:
-        found = json.load(file)
-    json_file = PathManager.get_local_path(_validation(suite, run))
-    (beyond,) = ap_by_distance(json_file, found, (reach, suite.distances[-1]))
+        detections = json.load(file)
+    dataset = load_config(suite.config, run.options).DATASETS.TEST[0]
+    json_file = PathManager.get_local_path(MetadataCatalog.get(dataset).json_file)
+    (beyond,) = ap_by_distance(json_file, detections, (reach, suite.distances[-1]))
     return {
-        "by_distance": ap_by_distance(json_file, found, suite.distances),
+        "by_distance": ap_by_distance(json_file, detections, suite.distances),
         "beyond_reach": beyond,
     }
 
 
-def _validation(suite: Suite, run: Run) -> str:
-    cfg: CfgNode = load_config(suite.config, run.options)
-    return MetadataCatalog.get(cfg.DATASETS.TEST[0]).json_file
-
-
 def read_result(folder: str) -> Optional[dict[str, Any]]:
-    """What a finished run left, or None."""
+    """The result of a finished run, or None."""
     try:
         with open(os.path.join(folder, RESULT), encoding="utf-8") as file:
             return json.load(file)

@@ -1,4 +1,4 @@
-"""From results to tables: means, and intervals of paired differences, in Markdown."""
+"""Means of results, confidence intervals of paired differences, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Results = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences, and the ends of its 95% interval; nan for a single pair."""
+    """Mean paired difference and the ends of its 95% interval, which are nan for a single pair."""
 
     mean: float
     low: float
@@ -31,12 +31,12 @@ class Difference:
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
-    """How far ``values`` are above ``baseline``, pair by pair; both by seed.
+    """Mean paired difference of ``values`` from ``baseline``, both by seed, with its 95% interval.
 
-    The interval is Student's, for differences that are normal and independent.
+    The interval is Student's, for normal and independent differences.
 
     Raises:
-        ValueError: if there is no seed that both have, or there are more than eleven.
+        ValueError: If both share no seed, or more than eleven.
     """
     differences = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline)]
     freedom = len(differences) - 1
@@ -50,7 +50,7 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 
 
 def tables(report: Mapping[str, Any]) -> str:
-    """All tables of what ``tools/run_ablation.py`` wrote, in Markdown."""
+    """All tables of a report, the content of results.json, in Markdown."""
     results, baseline = report["runs"], report["baseline"]
     parts = []
     for task in dict.fromkeys(run["task"] for run in results):
@@ -61,20 +61,20 @@ def tables(report: Mapping[str, Any]) -> str:
 
 
 def values_by_seed(results: Results, task: str, variant: str, *keys: Any) -> dict[int, float]:
-    """A number of a variant's runs on a task, by seed.
+    """A metric of a variant's runs on a task, by seed.
 
     Args:
-        results: what runs left.
-        task: of the suite.
-        variant: of the suite.
-        keys: where the number is in a result, such as "metrics", "bbox/AP".
+        results: Results of the runs.
+        task: Name of a task of the suite.
+        variant: Name of a variant of the suite.
+        keys: Keys that lead to the metric in a result, such as "metrics", "bbox/AP".
     """
     runs = [run for run in results if (run["task"], run["variant"]) == (task, variant)]
     return {run["seed"]: reduce(getitem, keys, run) for run in runs}
 
 
 def overall_table(results: Results, task: str, baseline: str) -> str:
-    """A line a variant: AP and AP50, mean and standard deviation, and the paired differences."""
+    """One row per variant: AP and AP50, mean and standard deviation, and the paired differences."""
     rows = []
     for variant in variants(results):
         row = [variant]
@@ -88,28 +88,29 @@ def overall_table(results: Results, task: str, baseline: str) -> str:
 
 
 def cost_table(costs: Mapping[str, Mapping[str, float]], baseline: str) -> str:
-    """A line a variant: what it costs, and that over the baseline's cost in parentheses."""
+    """One row per variant: its costs and, in parentheses, their ratios to the baseline's."""
     units = {"parameters": 1, "flops": 1e6, "seconds": 1e-3, "bytes": 2**20}
     rows = []
     for variant, cost in costs.items():
         row = [f"{cost[k] / u:,.0f} ({cost[k] / costs[baseline][k]:.3f})" for k, u in units.items()]
         rows.append([variant, *row])
-    return markdown(["variant", "parameters", "MFLOPs", "ms a step", "MiB kept for backward"], rows)
+    return markdown(["variant", "parameters", "MFLOPs", "ms/step", "activation memory, MiB"], rows)
 
 
 def distance_table(results: Results, task: str, baseline: str, reach: float) -> str:
-    """A line a variant, a column a range of distances: AP and its paired difference.
+    """One row per variant, one column per range of distances: AP and its paired difference.
 
-    The last column is of all objects whose cue is farther than ``reach`` pixels away.
+    The last column has the objects whose cue is more than ``reach`` pixels away, outside the
+    baseline's receptive field.
     """
     ranges = results[0]["by_distance"]
-    places = [*(("by_distance", i) for i in range(len(ranges))), ("beyond_reach",)]
+    columns = [*(("by_distance", i) for i in range(len(ranges))), ("beyond_reach",)]
     rows = []
     for variant in variants(results):
         cells = []
-        for place in places:
-            values = values_by_seed(results, task, variant, *place, "AP")
-            before = values_by_seed(results, task, baseline, *place, "AP")
+        for column in columns:
+            values = values_by_seed(results, task, variant, *column, "AP")
+            before = values_by_seed(results, task, baseline, *column, "AP")
             difference = "" if variant == baseline else f" ({paired_difference(values, before)})"
             cells.append(f"{statistics.fmean(values.values()):.1f}{difference}")
         rows.append([variant, *cells])
@@ -119,17 +120,17 @@ def distance_table(results: Results, task: str, baseline: str, reach: float) -> 
 
 
 def variants(results: Results) -> list[str]:
-    """The names of the variants, as they first occur."""
+    """Names of the variants in the order of their first results."""
     return list(dict.fromkeys(run["variant"] for run in results))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; all but the first column to the right."""
+    """A table in Markdown; all columns except the first are right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _spread(values: Mapping[int, float]) -> str:
-    """Mean and, of several, the standard deviation."""
+    """Mean and, for several values, the standard deviation."""
     mean = f"{statistics.fmean(values.values()):.1f}"
     return f"{mean} ± {statistics.stdev(values.values()):.1f}" if len(values) > 1 else mean

@@ -2,14 +2,14 @@
 
 config: ../mask_rcnn_R50_NL.yaml   # relative to the suite's own file
 seeds: [1, 2, 3]
-baseline: stock                    # the variant that the others are compared with
-tasks:                             # what each adds to the configuration
+baseline: stock                    # the variant that all others are compared with
+tasks:                             # what each changes in the configuration
   coco: {DATASETS.TRAIN: [coco_2017_train]}
 variants:
   stock: {MODEL.NONLOCAL.POSITIONS: []}
   one block: {}
 distances: [0, 64, 128]            # optional: pixels; see `ap_by_distance`
-cue_radius: 42                     # optional: how far a cue can be seen from its centre, pixels
+cue_radius: 42                     # optional: radius of a cue around its center, pixels
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from ..utils.config_files import find_config_file
 from ..utils.validation import check_choice
 
 Options = Mapping[str, Any]
@@ -37,13 +38,13 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """Where it writes, below the suite's output."""
+        """Folder of its output, relative to the suite's."""
         return os.path.join(self.task, self.variant, f"seed{self.seed}").replace(" ", "_")
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What a suite's file says; paths are those of this machine."""
+    """Content of a suite's file; paths are relative to the working directory, or absolute."""
 
     file: str
     config: str
@@ -55,7 +56,7 @@ class Suite:
     cue_radius: float = 0
 
     def runs(self) -> list[Run]:
-        """All trainings; those of one seed, which are compared with each other, together."""
+        """All trainings, ordered by seed: those that are compared with each other run together."""
         return [
             Run(task, variant, seed, self.options(task, variant, seed))
             for seed in self.seeds
@@ -64,7 +65,7 @@ class Suite:
         ]
 
     def options(self, task: str, variant: str, seed: int) -> tuple[str, ...]:
-        """``KEY VALUE`` pairs, as on the command line of ``tools/train_net.py``."""
+        """``KEY VALUE`` pairs, as on the command line of ``nonlocal-det train``."""
         chosen = {**self.tasks[task], **self.variants[variant], "SEED": seed}
         return tuple(text for key, value in chosen.items() for text in (key, str(value)))
 
@@ -72,10 +73,14 @@ class Suite:
 def read_suite(file: str) -> Suite:
     """Read a suite's file.
 
+    Args:
+        file: Path of a suite, or its name in the model zoo, such as "ablation/lamps_cpu".
+
     Raises:
-        FileNotFoundError: if it, or the configuration that it names, does not exist.
-        ValueError: if a part is missing, unknown or empty.
+        FileNotFoundError: If the suite, or the configuration that it names, does not exist.
+        ValueError: If a part is missing, unknown or empty.
     """
+    file = find_config_file(file)
     with open(file, encoding="utf-8") as opened:
         content = yaml.safe_load(opened)
     parts = tuple(name for name in Suite.__dataclass_fields__ if name != "file")

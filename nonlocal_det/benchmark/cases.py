@@ -1,0 +1,165 @@
+"""Benchmark cases: an aggregation or a block, its inputs, and what it needs at least.
+
+Shape symbols: B batch, C channels, D inner channels, N positions, S spatial sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..layers import NonLocalBlock
+from ..layers.pairwise import (
+    concatenation_attention,
+    concatenation_weights,
+    dot_product_attention,
+    dot_product_weights,
+    softmax_attention,
+    softmax_weights,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration to measure.
+
+    Attributes:
+        target: Kind of function, "aggregation" or "block".
+        pairwise: Pairwise function, one of `nonlocal_det.layers.PAIRWISE`.
+        shape: Channels and spatial sizes of the block's input, (C, *S).
+        mode: "inference" for the forward pass, "training" for forward and backward.
+        dtype: Name of the tensors' dtype, one of `DTYPES`.
+        device: "cpu" or "cuda".
+        batch_size: Number of images, B.
+        threads: Number of CPU threads.
+        form: Implementation: "fast" is the package's, "dense" holds the N x N attention weights,
+            "convolutions" has a block's 1x1 convolutions only.
+    """
+
+    target: str
+    pairwise: str
+    shape: tuple[int, ...]
+    mode: str
+    dtype: str
+    device: str
+    batch_size: int
+    threads: int
+    form: str = "fast"
+
+    @property
+    def positions(self) -> int:
+        """Number of positions, N."""
+        return int(torch.Size(self.shape[1:]).numel())
+
+    @property
+    def inner_channels(self) -> int:
+        """Channels of the values, D."""
+        return max(self.shape[0] // 2, 1)
+
+    @property
+    def key_channels(self) -> int:
+        """Channels of queries and keys: the Gaussian form compares all C of the input."""
+        return self.shape[0] if self.pairwise == "gaussian" else self.inner_channels
+
+    @property
+    def name(self) -> str:
+        """Label of the case in tables."""
+        size = "x".join(map(str, self.shape))
+        return f"{self.pairwise} {self.target}, {size}, {self.dtype}, {self.mode}"
+
+
+Measured = tuple[Callable[..., Tensor], list[Tensor]]
+
+
+def make_function(case: Case) -> Measured:
+    """Build the function of a case and its random inputs."""
+    if case.form == "convolutions":
+        return _make_convolutions(case)
+    return _make_block(case) if case.target == "block" else _make_aggregation(case)
+
+
+def _make_aggregation(case: Case) -> Measured:
+    """The weighted sums over all positions alone, with their queries, keys and values."""
+    size, options = (case.batch_size, case.key_channels, case.positions), _tensor_options(case)
+    if case.pairwise == "concatenation":
+        size = (case.batch_size, case.positions)
+    theta, phi = torch.randn(size, **options), torch.randn(size, **options)
+    g = torch.randn(case.batch_size, case.inner_channels, case.positions, **options)
+    return _aggregation(case), [theta, phi, g]
+
+
+def _aggregation(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The fast or the dense function of theta, phi and g."""
+    attention, weights, extra = softmax_attention, softmax_weights, (case.key_channels**-0.5,)
+    if case.pairwise == "dot_product":
+        attention, weights, extra = dot_product_attention, dot_product_weights, ()
+    if case.pairwise == "concatenation":
+        attention, weights, extra = concatenation_attention, concatenation_weights, ()
+    if case.form == "fast":
+        return lambda theta, phi, g: attention(theta, phi, g, None, *extra)
+    return lambda theta, phi, g: g @ weights(theta, phi, None, *extra).mT.to(g.dtype)
+
+
+class DenseBlock(NonLocalBlock):
+    """A block that holds its N x N attention weights."""
+
+    def _attend(self, theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
+        return g @ self._weights(theta, phi, mask).mT.to(g.dtype)
+
+
+def _make_block(case: Case) -> Measured:
+    block_type = NonLocalBlock if case.form == "fast" else DenseBlock
+    block = block_type(
+        case.shape[0], dims=len(case.shape) - 1, pairwise=case.pairwise, scale=True
+    ).to(case.device, DTYPES[case.dtype])
+    x = torch.randn(case.batch_size, *case.shape, **_tensor_options(case))
+    return block.train(case.mode == "training"), [x]
+
+
+def _make_convolutions(case: Case) -> Measured:
+    block, inputs = _make_block(replace(case, form="fast"))
+    inner = [conv for name, conv in block.named_children() if name in ("theta", "phi", "g")]
+    return lambda x: block.out(sum(conv(x) for conv in inner)), inputs
+
+
+def _tensor_options(case: Case) -> dict[str, object]:
+    return {
+        "dtype": DTYPES[case.dtype],
+        "device": case.device,
+        "requires_grad": case.mode == "training",
+    }
+
+
+def minimum_operations(case: Case) -> float:
+    """Number of multiplications and additions in the matrix products that a case needs."""
+    n, width, inner = case.positions, case.key_channels, case.inner_channels
+    operations = 2 * n * n * (width + inner)
+    if case.pairwise == "dot_product":
+        operations = min(operations, 4 * n * width * inner)
+    if case.pairwise == "concatenation":
+        operations = 0
+    if case.target == "block":
+        convolutions = 2 if case.pairwise == "gaussian" else 4
+        operations += convolutions * 2 * n * case.shape[0] * inner
+    return case.batch_size * operations * (3 if case.mode == "training" else 1)
+
+
+def fits_in_memory(case: Case) -> bool:
+    """Whether free memory holds the dense form: 3 copies of its weights, or 4 with gradients."""
+    copies = 4 if case.mode == "training" else 3
+    needed = copies * case.batch_size * case.positions**2 * DTYPES[case.dtype].itemsize
+    return needed < _available_memory(case.device)
+
+
+def _available_memory(device: str) -> float:
+    """Free memory in bytes."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(float(s.split()[1]) * 1024 for s in file if s.startswith("MemAvailable"))

@@ -1,0 +1,112 @@
+"""Time that the blocks of a configuration add to its whole detector.
+
+The detector and the one without blocks have the same weights, and new blocks are the identity: both
+see the same proposals and predict the same objects. They alternate in one process, and ratios are
+taken repetition by repetition. A training step is forward, backward and an SGD step of learning
+rate 0, which changes no weight.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from ..config import load_config
+
+Inputs = list[dict[str, object]]
+
+
+def time_detector(
+    config_file: str, size: tuple[int, int], repeats: int, device: str
+) -> Iterator[str]:
+    """Yield a line for inference and one for training: median seconds and their ratio.
+
+    Args:
+        config_file: Path of a YAML file, or its name in the model zoo.
+        size: Height and width of the input image in pixels.
+        repeats: Number of timed runs of each detector, after one that warms up.
+        device: Device to run on, "cpu" or "cuda".
+
+    Raises:
+        FileNotFoundError: If the configuration does not exist.
+        ValueError: If the configuration has a wrong key, value or position.
+    """
+    models = build_both(config_file, device)
+    inputs = random_input(size, models["baseline"].roi_heads.num_classes)
+    for mode, run in (("inference", infer), ("training", train_step)):
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        for i in range(repeats + 1):
+            for name in sorted(models, reverse=bool(i % 2)):
+                start = time.perf_counter()
+                run(models[name], inputs)
+                seconds[name].append(time.perf_counter() - start)
+        baseline, blocks = (seconds[name][1:] for name in ("baseline", "blocks"))
+        ratios = [ours / theirs for ours, theirs in zip(blocks, baseline)]
+        yield (
+            f"{mode:10} without blocks {statistics.median(baseline):7.3f} s   "
+            f"with blocks {statistics.median(blocks):7.3f} s   "
+            f"ratio {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
+        )
+
+
+def build_both(config_file: str, device: str) -> dict[str, nn.Module]:
+    """Build a configuration's detector, "blocks", and the same without its blocks, "baseline"."""
+    models = {}
+    for name, options in (("blocks", []), ("baseline", ["MODEL.NONLOCAL.POSITIONS", "()"])):
+        cfg = load_config(config_file, ["MODEL.DEVICE", device, *options])
+        torch.manual_seed(0)
+        models[name] = build_model(cfg)
+    models["blocks"].load_state_dict(models["baseline"].state_dict(), strict=False)
+    return models
+
+
+def random_input(size: tuple[int, int], num_classes: int, num_objects: int = 8) -> Inputs:
+    """A batch of one image of noise with annotated squares; ``size`` is (height, width)."""
+    generator = torch.Generator().manual_seed(0)
+    side = min(size) // 4
+    corners = torch.rand(num_objects, 2, generator=generator)
+    corners = corners * torch.tensor([size[1] - side, size[0] - side])
+    boxes = torch.cat([corners, corners + side], dim=1)
+    masks = torch.zeros(num_objects, *size, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
+        mask[y0:y1, x0:x1] = True
+    classes = torch.randint(num_classes, (num_objects,), generator=generator)
+    truth = Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes, gt_masks=BitMasks(masks))
+    image = torch.randint(256, (3, *size), generator=generator).float()
+    return [{"image": image, "instances": truth, "height": size[0], "width": size[1]}]
+
+
+def infer(model: nn.Module, inputs: Inputs) -> None:
+    """Run inference and wait for the device."""
+    with torch.no_grad():
+        model.eval()(inputs)
+    _synchronize()
+
+
+def train_step(model: nn.Module, inputs: Inputs) -> None:
+    """Run a training step that changes no weight, and wait for the device."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=0.9)
+    sum(training_losses(model, inputs).values()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    _synchronize()
+
+
+def training_losses(model: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Losses of a training step that samples the same anchors and boxes in each call."""
+    torch.manual_seed(0)
+    with EventStorage():
+        return model.train()(inputs)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,64 @@
+"""Count the parameters and FLOPs that the blocks of a config add to its detector, block by block.
+
+nonlocal-det analyze --config-file mask_rcnn_R50_NL
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Optional
+
+from ..benchmark.flops import analysis_table, analyze, build_for_analysis
+from ..errors import exit_on_error
+from ..utils.deprecation import RenamedOption
+from ..utils.file_io import ensure_writable_dir
+from . import program_name
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse and check the options."""
+    parser = argparse.ArgumentParser(
+        prog=program_name("analyze"), description=(__doc__ or "").split("\n\n")[0]
+    )
+    add = parser.add_argument
+    add(
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="YAML config or LazyConfig; a path, or a name of the model zoo",
+    )
+    add(
+        "--size",
+        nargs=2,
+        type=int,
+        default=(800, 1333),
+        metavar=("HEIGHT", "WIDTH"),
+        help="image size in pixels (default: 800 1333)",
+    )
+    output_json = add("--output-json", metavar="FILE", help="write the counts to this JSON file")
+    add("--json", action=RenamedOption, renamed=output_json)
+    add("opts", nargs="*", help="config overrides: KEY VALUE for YAML, KEY=VALUE for a LazyConfig")
+    args = parser.parse_args(argv)
+    if min(args.size) < 1:
+        parser.error(f"--size {args.size[0]} {args.size[1]}: both must be at least 1.")
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Count, print and write the counts."""
+    args = parse_args(argv)
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    with exit_on_error():
+        if args.output_json:
+            ensure_writable_dir(os.path.dirname(args.output_json) or ".", "--output-json")
+        found = analyze(build_for_analysis(args.config_file, args.opts), tuple(args.size))
+        print(f"{args.config_file}, {args.size[0]} x {args.size[1]} pixels (height x width)")
+        print(analysis_table(found))
+        if args.output_json:
+            with open(args.output_json, "w", encoding="utf-8") as file:
+                json.dump({"config": args.config_file, **found}, file, indent=2)
+    return 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 import warnings
-from collections.abc import Mapping
-from typing import Any, Callable
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, Optional
 
 
 def warn_renamed(old: str, new: str) -> None:
@@ -59,3 +60,50 @@ def renamed_method(old: str, new: str) -> Callable[..., Any]:
         return getattr(self, new)(*args, **kwargs)
 
     return call
+
+
+def renamed_property(old: str, new: str) -> property:
+    """A property under its former name, which reads the one of the name ``new``."""
+
+    def get(self: Any) -> Any:
+        warn_renamed(f"{type(self).__name__}.{old}", new)
+        return getattr(self, new)
+
+    return property(get)
+
+
+class RenamedOption(argparse.Action):
+    """A command-line option under its former name, absent from ``--help``.
+
+        threshold = parser.add_argument("--confidence-threshold", type=float, default=0.5)
+        parser.add_argument("--score", action=RenamedOption, option=threshold)
+
+    Args:
+        option: The option that replaced it, as ``add_argument`` returned it. It must not be a
+            required one, which the former name would not satisfy.
+    """
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, option: argparse.Action
+    ) -> None:
+        super().__init__(
+            option_strings,
+            option.dest,
+            nargs=option.nargs,
+            default=argparse.SUPPRESS,
+            type=option.type,
+            choices=option.choices,
+            help=argparse.SUPPRESS,
+        )
+        self._option = option
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: Optional[str] = None,
+    ) -> None:
+        """Warn, and store the value as the option that replaced this one does."""
+        warn_renamed(str(option_string), self._option.option_strings[-1])
+        self._option(parser, namespace, values, option_string)

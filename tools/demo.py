@@ -116,7 +116,7 @@ def draw(cfg: CfgNode) -> list[str]:
             found[found.scores > 0.5],
             recorder,
             metadata=MetadataCatalog.get(dataset),
-            by_class=True,
+            color_by_class=True,
         )
         name = os.path.splitext(os.path.basename(record["file_name"]))[0]
         paths.append(os.path.join(cfg.OUTPUT_DIR, "attention", f"{name}.png"))

@@ -33,8 +33,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     queries = add(
         "--num-queries", type=int, default=64, help="queries sampled in each image (default 64)"
     )
-    add("--images", action=RenamedOption, option=images)
-    add("--queries", action=RenamedOption, option=queries)
+    add("--images", action=RenamedOption, renamed=images)
+    add("--queries", action=RenamedOption, renamed=queries)
     args = parser.parse_args(argv)
     if min(args.num_images, args.num_queries) < 1:
         parser.error("--num-images and --num-queries must be at least 1.")

@@ -28,6 +28,23 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="images, videos, folders, glob patterns")
+    add("--format", nargs="+", default=["png"], choices=["png", "pdf"], help="figure formats")
+    add("--html", action="store_true", help="also write an explorer page for each image")
+    add("--block", action="append", help="block to draw, or part of its name; repeatable")
+    add(
+        "--point",
+        type=_point,
+        action="append",
+        metavar="X,Y",
+        help="query point in pixels, instead of detections; repeatable",
+    )
+    _add_drawing_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def _add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of detections and arrows, and their former names."""
+    add = parser.add_argument
     threshold = add(
         "--confidence-threshold",
         type=float,
@@ -40,27 +57,16 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         default=6,
         help="maximum number of detections, highest score first (default 6)",
     )
-    add(
-        "--point",
-        type=_point,
-        action="append",
-        metavar="X,Y",
-        help="query point in pixels, instead of detections; repeatable",
-    )
-    add("--block", action="append", help="block to draw, or part of its name; repeatable")
     arrows = add(
         "--num-arrows", type=int, default=10, help="arrows to the strongest keys (default 10)"
     )
-    add("--format", nargs="+", default=["png"], choices=["png", "pdf"], help="figure formats")
     by_class = add(
         "--color-by-class", action="store_true", help="draw detections in the colors of classes"
     )
-    add("--html", action="store_true", help="also write an explorer page for each image")
-    add("--score", action=RenamedOption, option=threshold)
-    add("--count", action=RenamedOption, option=detections)
-    add("--arrows", action=RenamedOption, option=arrows)
-    add("--by-class", action=RenamedOption, option=by_class)
-    return parser.parse_args(argv)
+    add("--score", action=RenamedOption, renamed=threshold)
+    add("--count", action=RenamedOption, renamed=detections)
+    add("--arrows", action=RenamedOption, renamed=arrows)
+    add("--by-class", action=RenamedOption, renamed=by_class)
 
 
 def _point(text: str) -> tuple[float, float]:

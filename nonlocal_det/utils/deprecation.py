@@ -1,4 +1,4 @@
-"""Old public names, which go on working for one release with a warning that gives the new one."""
+"""Former public names: they work for one more release and warn with the new name."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import functools
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 
 def warn_renamed(old: str, new: str) -> None:
-    """Warn that ``old`` is now ``new``; a FutureWarning, which Python shows by default."""
+    """Warn that ``old`` is now ``new``.
+
+    The warning is a FutureWarning, which Python shows by default, and points to the caller of the
+    function that called this one.
+    """
     warnings.warn(f"{old} is now {new}; the old name will be removed.", FutureWarning, stacklevel=3)
 
 
 def renamed_attributes(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` that gives its former names.
+    """Build a module's ``__getattr__`` that resolves its former names.
 
     Args:
-        module: ``__name__`` of the module.
-        renamed: New name of each former one; both in this module.
+        module: Name of the module, its ``__name__``.
+        renamed: New name of each former one; the module defines the new names.
     """
 
     def __getattr__(name: str) -> Any:
@@ -33,18 +37,23 @@ def renamed_attributes(module: str, renamed: Mapping[str, str]) -> Callable[[str
 
 
 def renamed_arguments(**renamed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator of a function some of whose keyword arguments had other names.
+    """Build a decorator that accepts the former names of a function's keyword arguments.
 
     Args:
         renamed: New name of each former one.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__qualname__.replace(".__init__", "")
+
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             for old in renamed.keys() & kwargs.keys():
-                warn_renamed(f"{function.__qualname__}({old}=)", f"{renamed[old]}=")
-                kwargs[renamed[old]] = kwargs.pop(old)
+                new = renamed[old]
+                if new in kwargs:
+                    raise TypeError(f"{name}() got both {new}= and its old name, {old}=")
+                warn_renamed(f"{name}({old}=)", f"{new}=")
+                kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
         return call
@@ -52,18 +61,8 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[..., Any]], Callable
     return decorate
 
 
-def renamed_method(old: str, new: str) -> Callable[..., Any]:
-    """A method under its former name, which calls the one of the name ``new``."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        warn_renamed(f"{type(self).__name__}.{old}", new)
-        return getattr(self, new)(*args, **kwargs)
-
-    return call
-
-
 def renamed_property(old: str, new: str) -> property:
-    """A property under its former name, which reads the one of the name ``new``."""
+    """Build the property of the former name ``old``, which reads the property ``new``."""
 
     def get(self: Any) -> Any:
         warn_renamed(f"{type(self).__name__}.{old}", new)
@@ -72,38 +71,50 @@ def renamed_property(old: str, new: str) -> property:
     return property(get)
 
 
-class RenamedOption(argparse.Action):
-    """A command-line option under its former name, absent from ``--help``.
+def renamed_method(old: str, new: str) -> Callable[..., Any]:
+    """Build the method of the former name ``old``, which calls the method ``new``."""
 
-        threshold = parser.add_argument("--confidence-threshold", type=float, default=0.5)
-        parser.add_argument("--score", action=RenamedOption, option=threshold)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        warn_renamed(f"{type(self).__name__}.{old}", new)
+        return getattr(self, new)(*args, **kwargs)
+
+    return call
+
+
+class RenamedOption(argparse.Action):
+    """The former name of a command-line option: not listed by ``--help``; warns and works.
+
+        check_data = parser.add_argument("--check-data", action="store_true")
+        parser.add_argument("--check", action=RenamedOption, renamed=check_data)
 
     Args:
-        option: The option that replaced it, as ``add_argument`` returned it. It must not be a
-            required one, which the former name would not satisfy.
+        option_strings: Former names, given by argparse.
+        dest: Ignored; the value is stored where the renamed option stores it.
+        renamed: The option under its new name, which is not a required one.
     """
 
     def __init__(
-        self, option_strings: Sequence[str], dest: str, *, option: argparse.Action
+        self, option_strings: Sequence[str], dest: str, *, renamed: argparse.Action
     ) -> None:
         super().__init__(
             option_strings,
-            option.dest,
-            nargs=option.nargs,
+            renamed.dest,
+            nargs=renamed.nargs,
+            type=renamed.type,
+            choices=renamed.choices,
             default=argparse.SUPPRESS,
-            type=option.type,
-            choices=option.choices,
             help=argparse.SUPPRESS,
+            metavar=renamed.metavar,
         )
-        self._option = option
+        self._renamed = renamed
 
     def __call__(
         self,
         parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,
-        values: Any,
+        values: Union[str, Sequence[Any], None],
         option_string: Optional[str] = None,
     ) -> None:
-        """Warn, and store the value as the option that replaced this one does."""
-        warn_renamed(str(option_string), self._option.option_strings[-1])
-        self._option(parser, namespace, values, option_string)
+        """Warn, then do what the renamed option does."""
+        warn_renamed(str(option_string), self._renamed.option_strings[-1])
+        self._renamed(parser, namespace, values, option_string)

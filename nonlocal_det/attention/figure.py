@@ -144,6 +144,9 @@ def detection_figure(
         color_by_class: Draw detections in the ``thing_colors`` of the metadata, if it has any,
             instead of in a different color each.
 
+    Returns:
+        matplotlib figure, to be saved with `nonlocal_det.attention.save_figure`.
+
     Raises:
         KeyError: If a block was not recorded.
     """
@@ -193,6 +196,9 @@ def attention_figure(
         blocks: Names of the blocks to draw. Default: all recorded blocks.
         num_arrows: Maximum number of arrows in a panel, to the keys of largest magnitude.
         image_index: Index of the image in the batch.
+
+    Returns:
+        matplotlib figure, to be saved with `nonlocal_det.attention.save_figure`.
 
     Raises:
         KeyError: If a block was not recorded.

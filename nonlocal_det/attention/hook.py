@@ -29,14 +29,13 @@ _TAGS = ("entropy", "att_distance", "residual_ratio")
 class AttentionHook(HookBase):
     """Writes attention to TensorBoard every ``period`` iterations and after the last one.
 
-    For each block three statistics (see `nonlocal_det.attention.statistics`), averaged over the
-    images: ``entropy``, ``att_distance`` and ``residual_ratio``. In addition ``output_weight_rms``,
-    see `output_weight_rms`. A block whose residual ratio and output weights stay near zero is dead;
-    one with an entropy near one, or an attention distance near zero, attends to nothing in
-    particular.
-
-    For each image and each block outside of the heads the attention map of the center of the
-    largest annotated object, the same point every time.
+    - Scalars of each block, averaged over the images: ``entropy``, ``att_distance`` and
+      ``residual_ratio``, which `nonlocal_det.attention.statistics` defines, and
+      ``output_weight_rms``. A block whose residual ratio and output weights stay near zero is dead;
+      one with an entropy near one, or an attention distance near zero, attends to nothing in
+      particular.
+    - For each image and each block outside of the heads, the attention map of the center of the
+      largest annotated object, the same point every time.
 
     Training is not affected, to the bit. Cost per write: one inference call for each image and 64
     rows of each block's attention matrix, on the main process only.

@@ -122,9 +122,9 @@ class AttentionRecorder:
             queries: Points (x, y), shape (Q, 2), or boxes (x0, y0, x1, y1), shape (Q, 4), in
                 pixels of the original image; the weights of the cells of a box are averaged.
             image_index: Index of the image in the batch.
-            roi_boxes: Detection of each query, shape (Q, 4), for a block in a head, which attends
-                to one RoI at a time. Default: the smallest RoI around each query. Other blocks
-                ignore it.
+            roi_boxes: Boxes of the queries' detections, shape (Q, 4), for a block in a head, which
+                attends to one RoI at a time; other blocks ignore them. Default: the smallest RoI
+                around each query.
             interpolate: Interpolate between the centers of cells instead of showing the cells.
 
         Returns:
@@ -152,14 +152,14 @@ class AttentionRecorder:
     ) -> list[tuple[float, float, float]]:
         """Find the keys with the largest attention weights, by magnitude, for one query.
 
-        The arguments, except for ``k``, and the errors are those of `attention_maps`.
+        The errors are those of `attention_maps`.
 
         Args:
             block: Name of a recorded block.
-            query: Point (x, y) or box (x0, y0, x1, y1).
+            query: Point (x, y), or box (x0, y0, x1, y1), in pixels of the original image.
             k: Maximum number of keys.
             image_index: Index of the image in the batch.
-            roi_box: Detection of the query, for a block in a head.
+            roi_box: Box of the query's detection, for a block in a head.
 
         Returns:
             Tuples (x, y, weight), largest magnitude first; (x, y) is the center of the key's cell.
@@ -214,6 +214,10 @@ class AttentionRecorder:
     def roi_boxes(self, block: str, *, image_index: int = 0) -> Optional[np.ndarray]:
         """The RoIs that a block in a head ran on.
 
+        Args:
+            block: Name of a recorded block.
+            image_index: Index of the image in the batch.
+
         Returns:
             Boxes (x0, y0, x1, y1) in pixels of the original image, shape (N, 4); None for a block
             that runs on the whole image.
@@ -245,6 +249,11 @@ class AttentionRecorder:
     @renamed_arguments(image="image_index", region="roi_index")
     def grid(self, block: str, *, image_index: int = 0, roi_index: Optional[int] = None) -> Grid:
         """The grid of a block's queries, over the image or over one of its RoIs.
+
+        Args:
+            block: Name of a recorded block.
+            image_index: Index of the image in the batch.
+            roi_index: Index in `roi_boxes`, for a block in a head.
 
         Raises:
             ValueError: If the block is in a head and ``roi_index`` is not given.

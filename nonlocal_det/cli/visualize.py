@@ -58,7 +58,10 @@ def _add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum number of detections, highest score first (default 6)",
     )
     arrows = add(
-        "--num-arrows", type=int, default=10, help="arrows to the strongest keys (default 10)"
+        "--num-arrows",
+        type=int,
+        default=10,
+        help="maximum number of arrows to the keys with the largest weights (default 10)",
     )
     by_class = add(
         "--color-by-class", action="store_true", help="draw detections in the colors of classes"

@@ -1,11 +1,11 @@
-"""The recorder against dense float64 sums and hand-made pictures, and the drawing.
+"""The recorder against dense float64 references and synthetic images, and the drawing.
 
-Each of these was broken by hand, and a test failed: x and y flipped; a map half a cell, or half a
-pixel, off; padding not cropped; queries counted without padding; subsampling forgotten; the scale
-of resizing inverted; a stride that is no power of two; the padded size unknown; boxes of regions
-not copied, not scaled, or the first image's for all; another region, or the largest; hooks left
-behind; the strongest without magnitude; a box ignored; NaN painted; the colours of signs swapped;
-arrows turned round.
+Mutations tried by hand; each makes at least one test here fail: x and y flipped; a map half a cell,
+or half a pixel, off; padding not cropped; queries counted without padding; subsampling forgotten;
+the scale of resizing inverted; a stride that is not a power of two; the padded size unknown; RoI
+boxes not copied, not scaled, or the first image's for all; another RoI, or the largest; hooks left
+behind; the top keys without magnitude; a box ignored; NaN painted; the colors of signs swapped;
+arrows reversed; a former name that does not warn, or calls another function.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ from detectron2.layers import ShapeSpec
 from detectron2.model_zoo import get_config_file
 from detectron2.modeling import Backbone, build_model
 from detectron2.structures import ImageList
+from matplotlib.figure import Figure
 
-from nonlocal_det import NonLocalBlock, add_nonlocal_config
+from nonlocal_det import NonLocalBlock, add_nonlocal_config, attention
 from nonlocal_det.attention import (
+    AttentionQuery,
     AttentionRecorder,
+    attention_figure,
     attention_panel,
     detection_figure,
     draw_arrows,
     draw_box,
+    explorer_page,
     overlay_attention,
+    resize_longest_side,
 )
-from nonlocal_det.attention.figure import AttentionQuery
 from nonlocal_det.attention.geometry import image_grid
 from nonlocal_det.layers import MECHANISMS, PAIRWISE
 from nonlocal_det.utils.plotting import save_figure
@@ -41,7 +45,7 @@ STRIDE = 8
 
 
 class Averages(Backbone):
-    """Cells hold the mean colour of their pixels, and a block looks at them."""
+    """Average-pools the image into cells and applies a block to them."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -66,12 +70,12 @@ class Detector(nn.Module):
         self.backbone = Averages(block)
 
     def forward(self, inputs):
-        images = [entry["image"] for entry in inputs]
+        images = [each["image"] for each in inputs]
         return self.backbone(ImageList.from_tensors(images, 32).tensor)["features"]
 
 
 def spot_seeker(**settings) -> NonLocalBlock:
-    """A block whose every position looks at the brightest one."""
+    """A block whose every position attends to the brightest one."""
     block = NonLocalBlock(3, inner_channels=1, **settings)
     for name, weight, bias in (("theta", 0.0, 1.0), ("phi", 1.0, 0.0)):
         conv = getattr(block, name)
@@ -80,13 +84,13 @@ def spot_seeker(**settings) -> NonLocalBlock:
     return block.eval()
 
 
-def entry(image: np.ndarray, resized: tuple[int, int]) -> dict:
-    """What a model takes for a float image (H, W), resized by repeating pixels."""
+def input_dict(image: np.ndarray, resized: tuple[int, int]) -> dict:
+    """A detectron2 input for a float image (H, W), resized by repeating pixels."""
     height, width = image.shape
     columns = ((np.arange(resized[0]) + 0.5) * width / resized[0]).astype(int)
     rows = ((np.arange(resized[1]) + 0.5) * height / resized[1]).astype(int)
-    grey = torch.as_tensor(image[np.ix_(rows, columns)], dtype=torch.float32)
-    return {"image": grey.expand(3, -1, -1).clone(), "height": height, "width": width}
+    gray = torch.as_tensor(image[np.ix_(rows, columns)], dtype=torch.float32)
+    return {"image": gray.expand(3, -1, -1).clone(), "height": height, "width": width}
 
 
 def spot_at(x: int, y: int, width: int, height: int) -> np.ndarray:
@@ -95,8 +99,9 @@ def spot_at(x: int, y: int, width: int, height: int) -> np.ndarray:
     return image
 
 
-# (width, height) before and after resizing, and the pixel of the spot, the centre of a cell: cells
-# are 5 pixels wide and high in the first four cases, 20 in the next, 10 in the last.
+# (width, height) before and after resizing, the pixel of the spot, which is the center of a cell,
+# and the subsampling. Cells are 5 pixels wide and high in the first four cases, 20 in the next, and
+# 10 in the last.
 GEOMETRIES = [
     pytest.param((100, 60), (160, 96), (72, 17), False, id="landscape"),
     pytest.param((60, 100), (96, 160), (17, 87), False, id="portrait"),
@@ -111,30 +116,32 @@ GEOMETRIES = [
 def test_bright_spot_is_found_where_it_is(original, resized, spot, subsample):
     model = Detector(spot_seeker(subsample=subsample or False))
     # A larger image in the batch pads this one on the right and at the bottom.
-    other = entry(np.zeros((200, 200)), (200, 200))
-    image = entry(spot_at(*spot, *original), resized)
+    other = input_dict(np.zeros((200, 200)), (200, 200))
+    image = input_dict(spot_at(*spot, *original), resized)
     for batch, index in (([image], 0), ([other, image], 1)):
         with AttentionRecorder(model) as recorder:
             model(batch)
-        maps = recorder.attention_maps("backbone.nl", [(1, 1), (30.5, 20)], image=index)
+        maps = recorder.attention_maps("backbone.nl", [(1, 1), (30.5, 20)], image_index=index)
         assert maps.shape == (2, original[1], original[0])
-        for heat in maps:
-            y, x = np.argwhere(heat == heat.max()).mean(axis=0)
+        for attn_map in maps:
+            y, x = np.argwhere(attn_map == attn_map.max()).mean(axis=0)
             assert abs(x - spot[0]) <= 1 and abs(y - spot[1]) <= 1
-        strongest = recorder.strongest("backbone.nl", (1, 1), 3, image=index)
-        x, y, weight = strongest[0]
+        top_keys = recorder.top_k("backbone.nl", (1, 1), 3, image_index=index)
+        x, y, weight = top_keys[0]
         assert abs(x - spot[0] - 0.5) <= 1 and abs(y - spot[1] - 0.5) <= 1
-        assert weight > 0.99 and len(strongest) == 3
-        cells = recorder.attention_maps("backbone.nl", [(1, 1)], image=index, smooth=False)
+        assert weight > 0.99 and len(top_keys) == 3
+        cells = recorder.attention_maps(
+            "backbone.nl", [(1, 1)], image_index=index, interpolate=False
+        )
         assert cells.max() == np.float32(weight)
 
 
 def dense_row(block: NonLocalBlock, x: torch.Tensor, row: int, column: int) -> np.ndarray:
-    """The weights of one query of x (1, C, H, W) by the paper's equations, in float64."""
+    """The attention weights of one query of x (1, C, H, W) as in the paper, in float64."""
     block, x = copy.deepcopy(block).double(), x.double()
-    asking, asked = (x, x) if block.pairwise == "gaussian" else (block.theta(x), block.phi(x))
-    theta = asking[0, :, row, column]
-    phi = F.max_pool2d(asked, block.stride, ceil_mode=True)[0]
+    queries, keys = (x, x) if block.pairwise == "gaussian" else (block.theta(x), block.phi(x))
+    theta = queries[0, :, row, column]
+    phi = F.max_pool2d(keys, block.stride, ceil_mode=True)[0]
     logits = torch.einsum("d,dhw->hw", theta, phi)
     if block.pairwise in ("gaussian", "embedded_gaussian"):
         f = (logits - logits.max()).exp()
@@ -147,54 +154,55 @@ def dense_row(block: NonLocalBlock, x: torch.Tensor, row: int, column: int) -> n
 
 @pytest.mark.parametrize("pairwise", PAIRWISE)
 @pytest.mark.parametrize("subsample", [False, 2])
-def test_map_is_the_dense_row_with_the_geometry_undone(pairwise, subsample):
+def test_map_is_the_dense_row_in_image_coordinates(pairwise, subsample):
     torch.manual_seed(0)
     block = NonLocalBlock(3, pairwise=pairwise, inner_channels=2, subsample=subsample).eval()
     model, rng = Detector(block), np.random.default_rng(0)
     # 100 x 60 becomes 160 x 96, of 20 x 12 cells; the batch is 192 x 128, of 24 x 16 cells.
-    image = entry(rng.random((60, 100)), (160, 96))
-    inputs = [entry(rng.random((128, 192)), (192, 128)), image]
+    image = input_dict(rng.random((60, 100)), (160, 96))
+    inputs = [input_dict(rng.random((128, 192)), (192, 128)), image]
     with AttentionRecorder(model) as recorder:
         model(inputs)
-    heat = recorder.attention_maps("backbone.nl", [(33.2, 41.9)], image=1, smooth=False)[0]
+    point = [(33.2, 41.9)]
+    attn_map = recorder.attention_maps("backbone.nl", point, image_index=1, interpolate=False)[0]
 
-    batch = ImageList.from_tensors([entry["image"] for entry in inputs], 32).tensor
+    batch = ImageList.from_tensors([each["image"] for each in inputs], 32).tensor
     # x = 33.2 is 53.1 resized, in column 6; y = 41.9 is 67.0 resized, in row 8.
     row = dense_row(block, F.avg_pool2d(batch, 8)[1:], row=8, column=6)
     cell = 8 * block.stride
     for y in range(60):
         for x in range(100):
             expected = row[int((y + 0.5) * 1.6 // cell), int((x + 0.5) * 1.6 // cell)]
-            assert heat[y, x] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+            assert attn_map[y, x] == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
-    # The smooth map keeps the weights at the centres: pixels 2, 7, 12 ... of cells of 5 pixels.
+    # Interpolation keeps the weights at the centers: pixels 2, 7, 12 ... of cells of 5 pixels.
     if block.stride == 1:
-        smooth = recorder.attention_maps("backbone.nl", [(33.2, 41.9)], image=1)[0]
-        np.testing.assert_allclose(smooth[2::5, 2::5], row[:12, :20], rtol=1e-4, atol=1e-7)
+        interpolated = recorder.attention_maps("backbone.nl", point, image_index=1)[0]
+        np.testing.assert_allclose(interpolated[2::5, 2::5], row[:12, :20], rtol=1e-4, atol=1e-7)
 
 
-def test_strongest_are_the_largest_by_magnitude():
+def test_top_k_are_the_largest_by_magnitude():
     grid = image_grid((2, 2), padded=(32, 32), resized=(30, 20), original=(60, 40))
-    # Cells of 32 pixels, of which the last ones show 28 and 8.
-    found = grid.strongest(np.array([[0.1, -0.9], [0.5, 0.0]]), 3)
-    assert found == [(46, 16, -0.9), (16, 36, 0.5), (16, 16, 0.1)]
+    # Cells of 32 pixels; 28 and 8 pixels of the last ones lie in the image.
+    top_keys = grid.top_k(np.array([[0.1, -0.9], [0.5, 0.0]]), 3)
+    assert top_keys == [(46, 16, -0.9), (16, 36, 0.5), (16, 16, 0.1)]
 
 
-def test_smooth_map_is_linear_between_centres_and_flat_beyond():
+def test_interpolated_map_is_linear_between_centers_and_constant_beyond():
     model = Detector(spot_seeker())
     with AttentionRecorder(model) as recorder:
-        model([entry(np.zeros((8, 24)), (24, 8))])
+        model([input_dict(np.zeros((8, 24)), (24, 8))])
     grid = recorder.grid("backbone.nl")
     assert (grid.columns, grid.rows) == (3, 1)
-    line = grid.spread(np.array([[[0.0, 16.0, 0.0]]]), 24, 8)[0, 3]
-    # The centres lie between pixels 3 and 4, 11 and 12, 19 and 20; a pixel's centre is at + 0.5.
+    line = grid.to_image(np.array([[[0.0, 16.0, 0.0]]]), 24, 8)[0, 3]
+    # Cell centers lie between pixels 3 and 4, 11 and 12, 19 and 20; pixel centers are at + 0.5.
     assert line[:5].tolist() == [0, 0, 0, 0, 1]
     assert line[10:14].tolist() == [13, 15, 15, 13]
     assert line[-5:].tolist() == [1, 0, 0, 0, 0]
 
 
 def mask_rcnn(positions: tuple[str, ...], *options: object) -> nn.Module:
-    """A small Mask R-CNN whose proposals, and so detections, are its anchors."""
+    """A small Mask R-CNN whose proposals, and thus detections, are its anchors."""
     cfg = get_cfg()
     add_nonlocal_config(cfg)
     cfg.merge_from_file(get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"))
@@ -220,17 +228,17 @@ def detector() -> nn.Module:
     return mask_rcnn(("res4[-2]", "p3", "mask_head[1]"))
 
 
-def pictures(*sizes: tuple[int, int]) -> list[dict]:
-    """Random images, given as (width, height), and resized by 1.6."""
+def random_inputs(*sizes: tuple[int, int]) -> list[dict]:
+    """Random images of the given (width, height), resized by 1.6."""
     rng = np.random.default_rng(1)
     return [
-        entry(rng.random((height, width)) * 255, (int(width * 1.6), int(height * 1.6)))
+        input_dict(rng.random((height, width)) * 255, (int(width * 1.6), int(height * 1.6)))
         for width, height in sizes
     ]
 
 
 def test_names_are_those_of_the_modules(detector):
-    assert AttentionRecorder(detector).blocks == [
+    assert AttentionRecorder(detector).block_names == [
         "backbone.bottom_up.res4.nl0",
         "backbone.non_local.p3",
         "roi_heads.mask_head.nl_mask_fcn2",
@@ -248,7 +256,7 @@ def fields_of(outputs: list[dict]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def test_recording_changes_nothing_and_leaves_nothing(detector):
-    inputs = pictures((100, 60), (80, 80))
+    inputs = random_inputs((100, 60), (80, 80))
     before, hooks = fields_of(detector(inputs)), hooks_of(detector)
     with AttentionRecorder(detector) as recorder:
         assert hooks_of(detector) > hooks
@@ -265,81 +273,84 @@ def test_recording_changes_nothing_and_leaves_nothing(detector):
 
 
 @torch.no_grad()
-def test_only_the_rows_asked_for_are_computed(detector, monkeypatch):
+def test_only_the_requested_rows_are_computed(detector, monkeypatch):
     block = detector.backbone.non_local["p3"]
-    asked = []
+    computed = []
 
-    def attention(x, queries, mask=None):
-        asked.append((len(x), queries.tolist()))
+    def attention_weights(x, queries, mask=None):
+        computed.append((len(x), queries.tolist()))
         return NonLocalBlock.attention_weights(block, x, queries, mask)
 
-    monkeypatch.setattr(block, "attention_weights", attention)
+    monkeypatch.setattr(block, "attention_weights", attention_weights)
     with AttentionRecorder(detector) as recorder:
-        detector(pictures((100, 60), (80, 80)))
-    assert asked == []
+        detector(random_inputs((100, 60), (80, 80)))
+    assert computed == []
     # Cells are 8 / 1.6 = 5 pixels; the batch is 160 x 128, of 20 cells a row.
-    recorder.attention_maps("backbone.non_local.p3", [(0, 0), (99.9, 12)], image=0)
-    assert asked == [(1, [0, 2 * 20 + 19])]
+    recorder.attention_maps("backbone.non_local.p3", [(0, 0), (99.9, 12)], image_index=0)
+    assert computed == [(1, [0, 2 * 20 + 19])]
 
 
 @torch.no_grad()
 def test_box_is_the_mean_of_its_cells(detector):
     with AttentionRecorder(detector) as recorder:
-        detector(pictures((100, 60)))
+        detector(random_inputs((100, 60)))
     name = "backbone.non_local.p3"
-    # The centres of 3 x 2 cells of 5 pixels lie in the box; no centre lies in the second one.
+    # The centers of 3 x 2 cells of 5 pixels lie in the box; no center lies in the second one.
     box, small = (10, 20, 25, 30), (31, 31, 32, 32)
     points = [(x, y) for y in (22, 27) for x in (12, 17, 22)]
-    heat = recorder.attention_maps(name, [box, small])
+    maps = recorder.attention_maps(name, [box, small])
     expected = recorder.attention_maps(name, points).mean(axis=0)
-    np.testing.assert_allclose(heat[0], expected, rtol=1e-4, atol=1e-7)
-    np.testing.assert_array_equal(heat[1], recorder.attention_maps(name, [(31.5, 31.5)])[0])
+    np.testing.assert_allclose(maps[0], expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(maps[1], recorder.attention_maps(name, [(31.5, 31.5)])[0])
 
 
 @torch.no_grad()
-def test_map_of_a_block_in_a_head_lies_in_the_region_of_its_detection(detector):
+def test_map_of_a_block_in_a_head_lies_in_the_roi_of_its_detection(detector):
     name, block = "roi_heads.mask_head.nl_mask_fcn2", detector.roi_heads.mask_head.nl_mask_fcn2
-    inputs, seen = pictures((100, 60), (80, 80)), []
-    handle = block.register_forward_hook(lambda _, args, output: seen.append(args[0]))
+    inputs, block_inputs = random_inputs((100, 60), (80, 80)), []
+    handle = block.register_forward_hook(lambda _, args, output: block_inputs.append(args[0]))
     with AttentionRecorder(detector) as recorder:
         outputs = detector(inputs)
     handle.remove()
     first, second = (output["instances"] for output in outputs)
-    assert len(seen[0]) == len(first) + len(second) and len(second) >= 2
+    assert len(block_inputs[0]) == len(first) + len(second) and len(second) >= 2
     for index, box in enumerate(second.pred_boxes.tensor.double().numpy()):
         x0, y0, x1, y1 = box
-        place = (x0 + (x1 - x0) * 0.3, y0 + (y1 - y0) * 0.6)
-        heat = recorder.attention_maps(name, [place], image=1, boxes=[box], smooth=False)[0]
+        point = (x0 + (x1 - x0) * 0.3, y0 + (y1 - y0) * 0.6)
+        attn_map = recorder.attention_maps(
+            name, [point], image_index=1, roi_boxes=[box], interpolate=False
+        )[0]
         # 0.3 and 0.6 of 14 cells are the cells 4 and 8.
-        row = dense_row(block, seen[0][[len(first) + index]], row=8, column=4)
+        row = dense_row(block, block_inputs[0][[len(first) + index]], row=8, column=4)
         for y in range(80):
             for x in range(80):
                 u, v = (x + 0.5 - x0) / (x1 - x0) * 14, (y + 0.5 - y0) / (y1 - y0) * 14
                 if 1e-3 < u < 13.999 and 1e-3 < v < 13.999 and min(u % 1, v % 1) > 1e-3:
-                    assert heat[y, x] == pytest.approx(row[int(v), int(u)], rel=1e-3, abs=1e-6)
+                    assert attn_map[y, x] == pytest.approx(row[int(v), int(u)], rel=1e-3, abs=1e-6)
                 if u < -1e-3 or v < -1e-3 or u > 14.001 or v > 14.001:
-                    assert np.isnan(heat[y, x])
+                    assert np.isnan(attn_map[y, x])
         # The arrows stay inside as well.
-        for x, y, _ in recorder.strongest(name, place, 5, image=1, box=box):
+        for x, y, _ in recorder.top_k(name, point, 5, image_index=1, roi_box=box):
             assert x0 <= x <= x1 and y0 <= y <= y1
 
 
 @torch.no_grad()
-def test_region_without_a_box_is_the_smallest_around_the_point(detector):
+def test_roi_without_a_box_is_the_smallest_around_the_point(detector):
     name = "roi_heads.mask_head.nl_mask_fcn2"
     with AttentionRecorder(detector) as recorder:
-        detector(pictures((100, 60)))
-    regions = recorder.regions(name)
-    areas = (regions[:, 2:] - regions[:, :2]).prod(axis=1)
-    smallest = regions[areas.argmin()]
+        detector(random_inputs((100, 60)))
+    rois = recorder.roi_boxes(name)
+    areas = (rois[:, 2:] - rois[:, :2]).prod(axis=1)
+    smallest = rois[areas.argmin()]
     center = (smallest[:2] + smallest[2:]) / 2
-    chosen = recorder.attention_maps(name, [center])
-    np.testing.assert_array_equal(chosen, recorder.attention_maps(name, [center], boxes=[smallest]))
-    assert recorder.regions("backbone.non_local.p3") is None
+    by_default = recorder.attention_maps(name, [center])
+    expected = recorder.attention_maps(name, [center], roi_boxes=[smallest])
+    np.testing.assert_array_equal(by_default, expected)
+    assert recorder.roi_boxes("backbone.non_local.p3") is None
 
 
 @torch.no_grad()
-def test_c4_heads_are_seen_on_their_detections():
+def test_c4_heads_are_recorded_on_their_detections():
     model = mask_rcnn(
         ("res5[0]",),
         *["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.OUT_FEATURES", ["res4"]],
@@ -350,11 +361,11 @@ def test_c4_heads_are_seen_on_their_detections():
         *["MODEL.ROI_MASK_HEAD.NUM_CONV", 0],
     )
     with AttentionRecorder(model) as recorder:
-        boxes = model(pictures((50, 40)))[0]["instances"].pred_boxes.tensor
+        boxes = model(random_inputs((50, 40)))[0]["instances"].pred_boxes.tensor
     # res5 runs on the proposals, then on the detections: the latter count.
-    np.testing.assert_allclose(recorder.regions("roi_heads.res5.nl0"), boxes, atol=1e-3)
+    np.testing.assert_allclose(recorder.roi_boxes("roi_heads.res5.nl0"), boxes, atol=1e-3)
     # 7 x 7 pooled cells become 4 x 4 of two each, the last ones half outside.
-    grid, width = recorder.grid("roi_heads.res5.nl0", region=0), float(boxes[0, 2] - boxes[0, 0])
+    grid, width = recorder.grid("roi_heads.res5.nl0", roi_index=0), float(boxes[0, 2] - boxes[0, 0])
     assert grid.columns == grid.rows == 4
     assert grid.cell_width == pytest.approx(width * 2 / 7, rel=1e-4)
 
@@ -362,13 +373,13 @@ def test_c4_heads_are_seen_on_their_detections():
 def test_model_without_detections_or_blocks():
     model = mask_rcnn(("mask_head[0]",), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.1)
     with torch.no_grad(), AttentionRecorder(model) as recorder:
-        model(pictures((100, 60)))
-    for name in recorder.recorded:
-        assert len(recorder.regions(name)) == 0
-        with pytest.raises(ValueError, match="No region"):
+        model(random_inputs((100, 60)))
+    for name in recorder.recorded_blocks:
+        assert len(recorder.roi_boxes(name)) == 0
+        with pytest.raises(ValueError, match="No RoI"):
             recorder.attention_maps(name, [(1, 1)])
     with AttentionRecorder(nn.Conv2d(3, 3, 1)) as recorder:
-        assert recorder.blocks == recorder.recorded == []
+        assert recorder.block_names == recorder.recorded_blocks == []
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -379,14 +390,14 @@ def test_every_mechanism_is_recorded_in_any_network(mechanism):
     x = torch.randn(2, 3, 24, 40)
     with AttentionRecorder(model) as recorder:
         model(x)
-    heat = recorder.attention_maps("1", [(39, 1), (0, 23)], image=1, smooth=False)
+    maps = recorder.attention_maps("1", [(39, 1), (0, 23)], image_index=1, interpolate=False)
     features = model[0](x).detach().double()[1:]
     rows = copy.deepcopy(block).double().attention_weights(features, torch.tensor([9, 50]))[0]
-    np.testing.assert_allclose(heat[:, 2::4, 2::4], rows.detach(), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(maps[:, 2::4, 2::4], rows.detach(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
-    "places, error",
+    "queries, error",
     [
         ([(100.1, 5)], r"point \(100.1, 5\) lies outside: x goes from 0 to 100"),
         ([(5, -0.1)], "lies outside"),
@@ -394,23 +405,23 @@ def test_every_mechanism_is_recorded_in_any_network(mechanism):
         ([(1, 2, 3)], r"must be \(Q, 2\) points"),
     ],
 )
-def test_bad_places_are_told(places, error):
+def test_bad_queries_are_reported(queries, error):
     with AttentionRecorder(Detector(spot_seeker())) as recorder:
-        recorder._model([entry(np.zeros((60, 100)), (100, 60))])
+        recorder._model([input_dict(np.zeros((60, 100)), (100, 60))])
     with pytest.raises(ValueError, match=error):
-        recorder.attention_maps("backbone.nl", places)
+        recorder.attention_maps("backbone.nl", queries)
 
 
-def test_bad_names_and_images_are_told():
+def test_bad_names_and_indices_are_reported():
     recorder = AttentionRecorder(Detector(spot_seeker()))
     with pytest.raises(KeyError, match="Recorded: none; call the model inside the context"):
         recorder.attention_maps("backbone.nl", [(1, 1)])
     with recorder:
-        recorder._model([entry(np.zeros((60, 100)), (100, 60))])
+        recorder._model([input_dict(np.zeros((60, 100)), (100, 60))])
     with pytest.raises(KeyError, match=r"No block 'res4' was recorded. Recorded: backbone.nl"):
         recorder.attention_maps("res4", [(1, 1)])
     with pytest.raises(IndexError, match="no image 1: the recorded call has 1"):
-        recorder.attention_maps("backbone.nl", [(1, 1)], image=1)
+        recorder.attention_maps("backbone.nl", [(1, 1)], image_index=1)
     assert recorder.attention_maps("backbone.nl", []).shape == (0, 60, 100)
 
 
@@ -418,7 +429,7 @@ def test_networks_that_do_not_pad_have_cells_of_a_power_of_two():
     # 75 x 50 pixels are 5 x 4 cells of 16, though 75 / 5 is 15.
     grid = image_grid((5, 4), padded=(75, 50), resized=(75, 50), original=(150, 50))
     assert (grid.cell_width, grid.cell_height) == (32, 16)
-    # The last cells reach beyond the picture; their centres are those of the part inside.
+    # The last cells extend beyond the image; their centers are those of the part inside.
     assert grid.centers()[0].tolist() == [16, 48, 80, 112, 139]
     assert grid.centers()[1].tolist() == [8, 24, 40, 49]
     assert grid.cells_at(np.array([[150, 50], [32, 15.9]])).tolist() == [[4, 3], [1, 0]]
@@ -427,32 +438,33 @@ def test_networks_that_do_not_pad_have_cells_of_a_power_of_two():
 GRADIENT = np.tile(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (40, 1, 3))
 
 
-def test_drawing_leaves_its_input_and_returns_pictures():
-    image, heat = GRADIENT.copy(), np.linspace(0, 1, 2400).reshape(40, 60)
-    look = AttentionQuery((30, 20), "1 lamp 98%", (10, 5, 50, 35))
+def test_drawing_keeps_its_input_and_returns_images():
+    image, attn_map = GRADIENT.copy(), np.linspace(0, 1, 2400).reshape(40, 60)
+    query = AttentionQuery((30, 20), "1 lamp 98%", (10, 5, 50, 35))
     drawn = [
-        overlay_attention(image, heat),
+        overlay_attention(image, attn_map),
         draw_arrows(image, (30, 20), [(5, 5, 0.4), (30, 20, 0.2), (55, 30, 0.1)]),
         draw_box(image, (10, 5, 50, 35), "lamp"),
-        draw_box(image, (-5, -5, 70, 50), "a label wider than the picture is itself, by far"),
+        draw_box(image, (-5, -5, 70, 50), "a label much wider than the image itself"),
     ]
-    for picture in drawn:
-        assert picture.dtype == np.uint8 and picture.shape == image.shape
-        assert not np.array_equal(picture, image)
-    assert attention_panel(image, heat, look, [(5, 5, 0.4)], longest=300).shape == (200, 300, 3)
+    for result in drawn:
+        assert result.dtype == np.uint8 and result.shape == image.shape
+        assert not np.array_equal(result, image)
+    panel = attention_panel(image, attn_map, query, [(5, 5, 0.4)], target_length=300)
+    assert panel.shape == (200, 300, 3)
     assert np.array_equal(image, GRADIENT)
 
 
-def test_heat_shows_the_largest_weight_brightest_and_nothing_where_there_is_none():
-    heat = np.full((40, 60), np.nan)
-    heat[:, 30:] = 0.001
-    heat[10, 50] = 0.2
-    drawn = overlay_attention(GRADIENT, heat).astype(int)
-    # NaN: the picture, with half its colour; it has none.
+def test_overlay_is_brightest_at_the_largest_weight_and_absent_at_nan():
+    attn_map = np.full((40, 60), np.nan)
+    attn_map[:, 30:] = 0.001
+    attn_map[10, 50] = 0.2
+    drawn = overlay_attention(GRADIENT, attn_map).astype(int)
+    # NaN: the image at half its saturation, here a gray one.
     np.testing.assert_array_equal(drawn[:, :30], GRADIENT[:, :30])
-    brightest = np.unravel_index(drawn.sum(axis=2).argmax(), heat.shape)
+    brightest = np.unravel_index(drawn.sum(axis=2).argmax(), attn_map.shape)
     assert brightest == (10, 50)
-    # Warm colours for weights above zero, cold ones below.
+    # Warm colors for positive weights, cold ones for negative weights.
     signed = overlay_attention(GRADIENT, np.where(np.arange(60) < 30, -1.0, 1.0) * np.ones((40, 1)))
     assert (signed[:, :30, 2] > signed[:, :30, 0]).all()
     assert (signed[:, 30:, 0] > signed[:, 30:, 2]).all()
@@ -468,19 +480,15 @@ def test_arrow_points_where_it_should():
     assert drawn[:, 157].sum() > drawn[:, 100].sum() >= 1
 
 
-@pytest.mark.parametrize("heat", [np.zeros((1, 1)), np.full((1, 1), np.nan), -np.ones((1, 1))])
-def test_one_pixel_is_drawn(heat):
+@pytest.mark.parametrize("attn_map", [np.zeros((1, 1)), np.full((1, 1), np.nan), -np.ones((1, 1))])
+def test_one_pixel_is_drawn(attn_map):
     image = np.array([[[1, 2, 3]]], np.uint8)
-    assert (
-        attention_panel(
-            image, heat, AttentionQuery((0.5, 0.5), "x", (0, 0, 1, 1)), [(0.5, 0.5, 0)]
-        ).shape[2]
-        == 3
-    )
+    query = AttentionQuery((0.5, 0.5), "x", (0, 0, 1, 1))
+    assert attention_panel(image, attn_map, query, [(0.5, 0.5, 0)]).shape == (480, 480, 3)
 
 
 @pytest.mark.parametrize(
-    "image, heat",
+    "image, attn_map",
     [
         (GRADIENT.astype(float), np.zeros((40, 60))),
         (GRADIENT[:, :, 0], np.zeros((40, 60))),
@@ -488,20 +496,26 @@ def test_one_pixel_is_drawn(heat):
         (GRADIENT, np.zeros((60, 40))),
     ],
 )
-def test_pictures_and_maps_that_do_not_fit_are_told(image, heat):
-    with pytest.raises(ValueError, match="The (picture|map) is"):
-        overlay_attention(image, heat)
+def test_bad_images_and_maps_of_another_size_are_reported(image, attn_map):
+    with pytest.raises(ValueError, match="The (image|attention map) is"):
+        overlay_attention(image, attn_map)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("count, blocks", [(0, None), (1, ["backbone.non_local.p3"]), (4, None)])
-def test_figure_has_a_panel_for_each_block_and_detection(detector, tmp_path, count, blocks):
+@pytest.mark.parametrize(
+    "num_detections, blocks", [(0, None), (1, ["backbone.non_local.p3"]), (4, None)]
+)
+def test_figure_has_a_panel_for_each_block_and_detection(
+    detector, tmp_path, num_detections, blocks
+):
     with AttentionRecorder(detector) as recorder:
-        instances = detector(pictures((100, 60)))[0]["instances"]
+        instances = detector(random_inputs((100, 60)))[0]["instances"]
     image = np.zeros((60, 100, 3), np.uint8)
-    figure = detection_figure(image, instances, recorder, count=count, blocks=blocks)
-    # The overview, the panels, and a colour bar where there are panels.
-    panels = count * len(blocks or recorder.recorded)
+    figure = detection_figure(
+        image, instances, recorder, max_detections=num_detections, blocks=blocks
+    )
+    # The overview, the panels, and a color bar if there are panels.
+    panels = num_detections * len(blocks or recorder.recorded_blocks)
     assert len(figure.axes) == 1 + panels + (panels > 0)
     for ending, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
         path = tmp_path / "new" / f"figure.{ending}"
@@ -510,11 +524,11 @@ def test_figure_has_a_panel_for_each_block_and_detection(detector, tmp_path, cou
 
 
 @torch.no_grad()
-def test_panels_of_a_long_picture_stand_below_each_other(detector):
+def test_panels_of_a_wide_image_are_stacked(detector):
     with AttentionRecorder(detector) as recorder:
-        instances = detector(pictures((400, 50)))[0]["instances"]
+        instances = detector(random_inputs((400, 50)))[0]["instances"]
     image, block = np.zeros((50, 400, 3), np.uint8), ["backbone.non_local.p3"]
-    figure = detection_figure(image, instances, recorder, count=4, blocks=block)
+    figure = detection_figure(image, instances, recorder, max_detections=4, blocks=block)
     corners = np.array([axes.get_position().p0 for axes in figure.axes[1:5]])
     assert len(set(corners[:, 0])) == 1 and (np.diff(corners[:, 1]) < 0).all()
     width, height = figure.get_size_inches()
@@ -522,3 +536,169 @@ def test_panels_of_a_long_picture_stand_below_each_other(detector):
     for axes in figure.axes[:5]:
         box = axes.get_position()
         assert box.width * width == pytest.approx(8 * box.height * height, rel=1e-6)
+
+
+RENAMED_EXPORTS = {
+    "Look": "AttentionQuery",
+    "looks_of": "queries_from_instances",
+    "look_figure": "attention_figure",
+    "panel": "attention_panel",
+    "fit": "resize_longest_side",
+    "heat_over": "overlay_attention",
+    "instances_over": "overlay_instances",
+    "box_over": "draw_box",
+    "point_over": "draw_point",
+    "arrows_over": "draw_arrows",
+}
+
+
+@pytest.mark.parametrize("old, new", RENAMED_EXPORTS.items())
+def test_former_exports_warn_with_the_new_name(old, new):
+    with pytest.warns(FutureWarning, match=f"attention.{old} is now {new};"):
+        assert getattr(attention, old) is getattr(attention, new)
+
+
+MASK_BLOCK, P3, POINT = "roi_heads.mask_head.nl_mask_fcn2", "backbone.non_local.p3", (50, 30)
+MAP, QUERY, KEYS = np.ones((40, 60)), AttentionQuery((30, 20)), [(5, 5, 0.4)]
+ORIGIN = np.zeros((1, 2), int)
+
+
+def roi(recorder: AttentionRecorder, index: int) -> np.ndarray:
+    return recorder.roi_boxes(MASK_BLOCK)[index]
+
+
+def center(recorder: AttentionRecorder, index: int) -> np.ndarray:
+    return roi(recorder, index).reshape(2, 2).mean(axis=0)
+
+
+def titles(figure: Figure) -> list[str]:
+    return [axes.get_title(loc) for axes in figure.axes for loc in ("left", "right")]
+
+
+# Former call, the same call today, and the new names in the warnings; r is a recorder.
+RENAMED_CALLS = [
+    (lambda r: r.blocks, lambda r: r.block_names, ["block_names"]),
+    (lambda r: r.recorded, lambda r: r.recorded_blocks, ["recorded_blocks"]),
+    (
+        lambda r: r.attention(P3, places=[POINT], image=0, boxes=None, smooth=False),
+        lambda r: r.attention_maps(P3, [POINT], interpolate=False),
+        ["attention_maps", "queries=", "image_index=", "roi_boxes=", "interpolate="],
+    ),
+    (
+        lambda r: r.strongest(MASK_BLOCK, place=center(r, 1), image=0, box=roi(r, 1)),
+        lambda r: r.top_k(MASK_BLOCK, center(r, 1), roi_box=roi(r, 1)),
+        ["top_k", "query=", "image_index=", "roi_box="],
+    ),
+    (
+        lambda r: r.rows(P3, places=[POINT], image=0, boxes=None),
+        lambda r: r.attention_rows(P3, [POINT]),
+        ["attention_rows", "queries=", "image_index=", "roi_boxes="],
+    ),
+    (
+        lambda r: r.regions(MASK_BLOCK, image=0),
+        lambda r: r.roi_boxes(MASK_BLOCK),
+        ["roi_boxes", "image_index="],
+    ),
+    (
+        lambda r: r.region(MASK_BLOCK, place=center(r, 1), image=0, box=None),
+        lambda r: r.roi_index(MASK_BLOCK, center(r, 1)),
+        ["roi_index", "query=", "image_index=", "roi_box="],
+    ),
+    (
+        lambda r: r.grid(MASK_BLOCK, image=0, region=1),
+        lambda r: r.grid(MASK_BLOCK, roi_index=1),
+        ["image_index=", "roi_index="],
+    ),
+    (
+        lambda r: r.weights(MASK_BLOCK, ORIGIN, image=0, region=1),
+        lambda r: r.attention_weights(MASK_BLOCK, ORIGIN, roi_index=1),
+        ["attention_weights", "image_index=", "roi_index="],
+    ),
+    (
+        lambda r: r.features(MASK_BLOCK, ORIGIN, image=0, region=1),
+        lambda r: r.input_and_residual(MASK_BLOCK, ORIGIN, roi_index=1),
+        ["input_and_residual", "image_index=", "roi_index="],
+    ),
+    (
+        lambda r: r.grid(P3).coarser(step=2),
+        lambda r: r.grid(P3).downsampled(2),
+        ["downsampled", "factor="],
+    ),
+    (lambda r: r.grid(P3).strongest(MAP, 3), lambda r: r.grid(P3).top_k(MAP, 3), ["top_k"]),
+    (
+        lambda r: r.grid(P3).spread(np.ones((1, 12, 20)), 100, 60, smooth=False),
+        lambda r: r.grid(P3).to_image(np.ones((1, 12, 20)), 100, 60, interpolate=False),
+        ["to_image", "interpolate="],
+    ),
+    (
+        lambda r: resize_longest_side(GRADIENT, longest=30),
+        lambda r: resize_longest_side(GRADIENT, 30),
+        ["target_length="],
+    ),
+    (
+        lambda r: overlay_attention(GRADIENT, heat=MAP, limit=2),
+        lambda r: overlay_attention(GRADIENT, MAP, vmax=2),
+        ["attn_map=", "vmax="],
+    ),
+    (
+        lambda r: draw_arrows(GRADIENT, (30, 20), targets=KEYS),
+        lambda r: draw_arrows(GRADIENT, (30, 20), KEYS),
+        ["top_keys="],
+    ),
+    (
+        lambda r: attention_panel(GRADIENT, heat=MAP, look=QUERY, targets=KEYS, longest=30),
+        lambda r: attention_panel(GRADIENT, MAP, QUERY, KEYS, target_length=30),
+        ["attn_map=", "query=", "top_keys=", "target_length="],
+    ),
+    (
+        lambda r: explorer_page(GRADIENT, looks=[], recorder=r, title="", blocks=[P3], index=0),
+        lambda r: explorer_page(GRADIENT, [], r, title="", blocks=[P3]),
+        ["queries=", "image_index="],
+    ),
+    (
+        lambda r: titles(
+            attention_figure(
+                GRADIENT,
+                looks=[QUERY],
+                recorder=r,
+                overview=GRADIENT,
+                blocks=[P3],
+                arrows=1,
+                index=0,
+            )
+        ),
+        lambda r: titles(
+            attention_figure(GRADIENT, [QUERY], r, overview=GRADIENT, blocks=[P3], num_arrows=1)
+        ),
+        ["queries=", "num_arrows=", "image_index="],
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def recorder(detector) -> AttentionRecorder:
+    with torch.no_grad(), AttentionRecorder(detector) as recorder:
+        detector(random_inputs((100, 60)))
+    return recorder
+
+
+@pytest.mark.parametrize("old, new, names", RENAMED_CALLS)
+def test_former_calls_warn_with_the_new_names(recorder, old, new, names):
+    with pytest.warns(FutureWarning) as caught:
+        result = old(recorder)
+    assert sorted(str(w.message).split(" is now ")[1].split(";")[0] for w in caught) == sorted(
+        names
+    )
+    np.testing.assert_equal(result, new(recorder))
+
+
+@torch.no_grad()
+def test_former_arguments_of_the_detection_figure(detector):
+    with AttentionRecorder(detector) as recorder:
+        instances = detector(random_inputs((100, 60)))[0]["instances"]
+    image = np.zeros((60, 100, 3), np.uint8)
+    with pytest.warns(FutureWarning, match="max_detections=") as caught:
+        figure = detection_figure(
+            image, instances, recorder, count=2, arrows=0, index=0, by_class=True, blocks=[P3]
+        )
+    assert len(caught) == 4 and len(figure.axes) == 1 + 2 + 1

@@ -1,15 +1,14 @@
-"""The command lines that draw and measure attention, and the hook that watches it in training.
+"""The commands that draw and measure attention, and the hook that monitors it during training.
 
-Each of these was broken by hand, and a test failed: pairs of a query with itself counted; entropy
-not relative; what a block adds with its input; a hook that shifts the trainer's random draws,
-leaves the model in evaluation mode, or is one iteration off; EXIF or transparency ignored; 16
-bits cut off.
+Mutations tried by hand; each makes at least one test here fail: pairs of a query with itself
+counted; entropy not relative; a residual that includes the input; a hook that shifts the trainer's
+random numbers, leaves the model in evaluation mode, or is one iteration off; EXIF or transparency
+ignored; 16 bits truncated; a former option that sets nothing.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
 import os
 
@@ -25,15 +24,16 @@ from PIL import Image
 
 from nonlocal_det import NonLocalBlock
 from nonlocal_det.attention import AttentionRecorder
-from nonlocal_det.attention.hook import AttentionHook, output_weight
+from nonlocal_det.attention.hook import AttentionHook, output_weight_rms
 from nonlocal_det.attention.image_io import expand_inputs, is_video, read_image_rgb, read_video
 from nonlocal_det.attention.statistics import (
     AttentionStats,
+    attention_stats,
     average_distance,
-    mean,
-    measure,
+    mean_stats,
     relative_entropy,
 )
+from nonlocal_det.cli import measure_attention, visualize
 from nonlocal_det.config import load_config
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
 from nonlocal_det.engine import Trainer
@@ -42,18 +42,9 @@ PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = os.path.join(PROJECT, "configs", "lamps_mask_rcnn_R18_NL.yaml")
 
 
-def tool(name: str):
-    """A script of tools/ as a module."""
-    path = os.path.join(PROJECT, "tools", f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def lamps(tmp_path_factory) -> str:
-    """The name of a registered dataset of three pictures."""
+    """Register a dataset of three images and return its name."""
     from detectron2.data.datasets import register_coco_instances
 
     folder, name = str(tmp_path_factory.mktemp("lamps")), "attention_test_lamps"
@@ -67,7 +58,7 @@ def lamps(tmp_path_factory) -> str:
 
 
 def colors(width: int = 60, height: int = 40) -> np.ndarray:
-    """A picture whose top left quarter is red, RGB."""
+    """An RGB image whose top left quarter is red and whose rest is blue."""
     image = np.full((height, width, 3), (40, 90, 160), np.uint8)
     image[: height // 2, : width // 2] = (220, 20, 30)
     return image
@@ -77,10 +68,10 @@ RED, BLUE = (220, 20, 30), (40, 90, 160)
 
 
 def save(path, kind: str) -> None:
-    """Write `colors` as a file of some kind."""
+    """Write `colors` as a file of the given kind."""
     image = Image.fromarray(colors())
     if kind == "exif":
-        # Turned to the left, with the note that it must be turned to the right.
+        # Rotated to the left, with the EXIF orientation that rotates it back.
         exif = image.getexif()
         exif[0x0112] = 6
         image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
@@ -111,18 +102,16 @@ def save(path, kind: str) -> None:
         ("F", "a.tiff", (81 * 255 / 83,) * 3, (255,) * 3),
     ],
 )
-def test_pictures_of_all_kinds_are_read_as_they_are_seen(
-    tmp_path, kind, name, top_left, bottom_right
-):
+def test_images_of_all_kinds_are_read_as_displayed(tmp_path, kind, name, top_left, bottom_right):
     save(tmp_path / name, kind)
     image = read_image_rgb(str(tmp_path / name))
     assert image.shape == (40, 60, 3) and image.dtype == np.uint8
-    # JPEG and palettes change colours a little.
+    # JPEG and palettes change colors a little.
     np.testing.assert_allclose(image[5, 5], top_left, atol=12)
     np.testing.assert_allclose(image[-5, -5], bottom_right, atol=12)
 
 
-def test_broken_files_are_told(tmp_path):
+def test_corrupt_files_are_reported(tmp_path):
     text, half = tmp_path / "text.jpg", tmp_path / "half.png"
     text.write_text("not an image")
     save(half, "RGB")
@@ -145,7 +134,7 @@ def test_files_are_found_in_folders_and_by_patterns(tmp_path):
     found = [os.path.basename(path) for path in expand_inputs([folder, folder + "/a*"])]
     assert found == ["a.jpg", "b.PNG", "c.mp4"]
     assert expand_inputs([folder + "/notes.txt"]) == [folder + "/notes.txt"]
-    # What does not exist stays, to be told later.
+    # Missing files are kept, to be reported when they are read.
     assert expand_inputs([folder + "/no.jpg", folder + "/z*"]) == [
         folder + "/no.jpg",
         folder + "/z*",
@@ -153,42 +142,43 @@ def test_files_are_found_in_folders_and_by_patterns(tmp_path):
     assert [is_video(path) for path in ("a.MP4", "a.jpg")] == [True, False]
 
 
-def visualize(*arguments: object) -> int:
-    """Run the tool on an untrained model."""
-    return tool("visualize_attention").main(
+def visualize_untrained(*arguments: object) -> int:
+    """Run the command on an untrained model, and return its exit code."""
+    return visualize.main(
         ["--config-file", CONFIG, *map(str, arguments)]
         + ["MODEL.NONLOCAL.POSITIONS", "('res4[-2]', 'mask_head[0]')"]
     )
 
 
-def test_a_batch_goes_on_past_what_cannot_be_drawn(tmp_path, capsys):
+def test_files_that_cannot_be_drawn_are_skipped(tmp_path, capsys):
     inputs, output = tmp_path / "in", tmp_path / "new" / "out"
     inputs.mkdir()
     for name, kind in (("rgb.png", "RGB"), ("rgb.jpg", "RGB"), ("exif.jpg", "exif")):
         save(inputs / name, kind)
     (inputs / "broken.jpg").write_text("no")
     Image.new("RGB", (1, 1)).save(inputs / "pixel.png")
-    options = ("--score", 0, "--count", 2, "--format", "png", "pdf", "--html")
-    assert visualize("--input", inputs, "--output", output, *options) == 1
+    options = ("--confidence-threshold", 0, "--max-detections", 2)
+    options += ("--format", "png", "pdf", "--html")
+    assert visualize_untrained("--input", inputs, "--output", output, *options) == 1
     stems = ("exif", "pixel", "rgb", "rgb-2")
     assert sorted(os.listdir(output)) == sorted(
         f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf", "html")
     )
     printed, errors = capsys.readouterr()
     assert len([line for line in printed.splitlines() if line.startswith(str(output))]) == 12
-    assert "left out: " in errors and "broken.jpg' cannot be read as an image" in errors
+    assert "skipped: " in errors and "broken.jpg' cannot be read as an image" in errors
 
 
 def test_points_and_no_detection(tmp_path, capsys):
     save(tmp_path / "a.png", "RGB")
     Image.new("RGB", (20, 20)).save(tmp_path / "small.png")
     files = ("--input", tmp_path / "a.png", tmp_path / "small.png", "--output", tmp_path / "out")
-    # The point lies outside of the second picture.
-    assert visualize(*files, "--point", "55,30", "--point", "1,1", "--html") == 1
+    # The point lies outside the second image.
+    assert visualize_untrained(*files, "--point", "55,30", "--point", "1,1", "--html") == 1
     assert sorted(os.listdir(tmp_path / "out")) == ["a.html", "a.png"]
     assert "The point (55, 30) lies outside: x goes from 0 to 20" in capsys.readouterr().err
-    # No detection: the picture alone.
-    assert visualize(*files, "--score", 1.1) == 0
+    # No detection: the image alone.
+    assert visualize_untrained(*files, "--confidence-threshold", 1.1) == 0
     assert "small.png" in os.listdir(tmp_path / "out")
 
 
@@ -198,11 +188,45 @@ def test_video_becomes_a_video(tmp_path):
     for _ in range(3):
         writer.write(colors()[:, :, ::-1])
     writer.release()
-    assert visualize("--input", path, "--output", output, "--score", 0) == 0
-    frames, rate = read_video(str(output / "clip.mp4"))
+    arguments = ("--input", path, "--output", output, "--confidence-threshold", 0)
+    assert visualize_untrained(*arguments) == 0
+    frames, frame_rate = read_video(str(output / "clip.mp4"))
     shapes = [frame.shape for frame in frames]
     # The detections and two blocks, each 480 wide.
-    assert shapes == [(320, 3 * 480, 3)] * 3 and rate == 5
+    assert shapes == [(320, 3 * 480, 3)] * 3 and frame_rate == 5
+
+
+# Command, former option with its value, today's option, and the parsed value.
+RENAMED_OPTIONS = [
+    (visualize, ["--score", "0.25"], "--confidence-threshold", 0.25),
+    (visualize, ["--count", "3"], "--max-detections", 3),
+    (visualize, ["--arrows", "2"], "--num-arrows", 2),
+    (visualize, ["--by-class"], "--color-by-class", True),
+    (measure_attention, ["--images", "7"], "--num-images", 7),
+    (measure_attention, ["--queries", "9"], "--num-queries", 9),
+]
+
+
+@pytest.mark.parametrize("command, old, new, value", RENAMED_OPTIONS)
+def test_former_options_warn_with_the_new_name(command, old, new, value, capsys):
+    required = ["--output", "out"] + (["--input", "a.png"] if command is visualize else [])
+    with pytest.warns(FutureWarning, match=f"{old[0]} is now {new};"):
+        args = command.parse_args([*required, *old])
+    assert vars(args)[new[2:].replace("-", "_")] == value
+    assert args == command.parse_args([*required, new, *old[1:]])
+    with pytest.raises(SystemExit):
+        command.parse_args(["--help"])
+    printed = capsys.readouterr().out
+    assert new in printed and f" {old[0]} " not in printed
+
+
+def test_former_argument_of_the_hook_warns(lamps):
+    cfg = load_config(CONFIG)
+    with pytest.warns(FutureWarning, match="pictures=.* is now num_images="):
+        hook = AttentionHook(cfg, 10, pictures=1)
+    cfg.DATASETS.TEST = (lamps,)
+    hook.before_train()
+    assert len(hook._samples) == 1
 
 
 @pytest.mark.parametrize(
@@ -219,7 +243,7 @@ def test_video_becomes_a_video(tmp_path):
         ),
         (
             ["--config-file", CONFIG, "MODEL.NONLOCAL.POSITIONS", "()"],
-            "The model has no non-local blocks to look at",
+            "The model has no non-local blocks",
         ),
     ],
 )
@@ -227,14 +251,14 @@ def test_wrong_arguments_end_with_one_sentence(tmp_path, arguments, message):
     save(tmp_path / "a.png", "RGB")
     files = ["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=message):
-        tool("visualize_attention").main(files + arguments)
+        visualize.main(files + arguments)
 
 
 def test_folder_that_cannot_be_written_ends_with_one_sentence(tmp_path):
     save(tmp_path / "a.png", "RGB")
     files = ["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "a.png" / "out")]
     with pytest.raises(SystemExit, match="error: .*a.png"):
-        tool("visualize_attention").main(files)
+        visualize.main(files)
 
 
 def test_average_distance_by_hand():
@@ -250,65 +274,68 @@ def test_average_distance_by_hand():
 def test_relative_entropy_by_hand():
     assert relative_entropy(np.full((2, 5), 0.2)) == pytest.approx(1)
     assert relative_entropy(np.eye(3)) == pytest.approx(0)
-    # Half on each of two of four keys: log 2 / log 4; signs and sums do not count.
+    # Half on each of two of four keys: log 2 / log 4; signs and scale do not matter.
     assert relative_entropy(np.array([[3.0, -3.0, 0.0, 0.0]])) == pytest.approx(0.5)
     assert math.isnan(relative_entropy(np.zeros((2, 3))))
     assert math.isnan(relative_entropy(np.ones((2, 1))))
 
 
-def test_mean_leaves_out_what_is_unknown():
+def test_mean_ignores_undefined_values():
     one, two = AttentionStats(1, math.nan, 2, 3, 4), AttentionStats(3, 5, 4, 3, 2)
-    assert mean([one, None, two]) == AttentionStats(2, 5, 3, 3, 3)
-    assert mean([None]) is None
+    assert mean_stats([one, None, two]) == AttentionStats(2, 5, 3, 3, 3)
+    assert mean_stats([None]) is None
 
 
-def measured(block: nn.Module) -> AttentionStats:
+def stats_of(block: nn.Module) -> AttentionStats:
     torch.manual_seed(0)
     with AttentionRecorder(nn.Sequential(block.eval())) as recorder:
         recorder._model(torch.randn(1, 8, 9, 12))
-    return measure(recorder, "0", queries=20)
+    return attention_stats(recorder, "0", num_queries=20)
 
 
-def test_block_is_measured_as_it_is():
+def test_statistics_of_blocks_with_known_attention():
     block = NonLocalBlock(8, norm="")
-    new = measured(block)
-    # A new block adds nothing.
-    assert new.gain == 0 and math.isnan(new.added) and 0 < new.maps < 0.5
-    # The same query everywhere: one map, and one vector added.
+    new = stats_of(block)
+    # A freshly initialized block is the identity.
+    assert new.residual_ratio == 0 and math.isnan(new.output_distance)
+    assert 0 < new.att_distance < 0.5
+    # The same query everywhere: one map, and one residual.
     nn.init.zeros_(block.theta.weight)
     nn.init.normal_(block.out.weight)
-    same = measured(block)
-    assert same.maps == pytest.approx(0, abs=1e-6) and same.added == pytest.approx(0, abs=1e-6)
-    assert same.gain > 0 and same.inputs == pytest.approx(new.inputs)
+    same = stats_of(block)
+    assert same.att_distance == pytest.approx(0, abs=1e-6)
+    assert same.output_distance == pytest.approx(0, abs=1e-6)
+    assert same.residual_ratio > 0
+    assert same.input_distance == pytest.approx(new.input_distance)
     # Equal keys: a uniform map.
     nn.init.zeros_(block.phi.weight)
-    assert measured(block).entropy == pytest.approx(1)
+    assert stats_of(block).entropy == pytest.approx(1)
 
 
-def test_tool_measures_a_dataset(tmp_path, lamps, capsys):
-    arguments = ["--config-file", CONFIG, "--dataset", lamps, "--images", "2"]
+def test_command_measures_a_dataset(tmp_path, lamps, capsys):
+    arguments = ["--config-file", CONFIG, "--dataset", lamps, "--num-images", "2"]
     blocks = "('res4[-2]', 'p4', 'mask_head[0]')"
     arguments += ["--output", str(tmp_path / "out"), "MODEL.NONLOCAL.POSITIONS", blocks]
-    assert tool("measure_attention").main(arguments) == 0
+    assert measure_attention.main(arguments) == 0
     with open(tmp_path / "out" / "attention.csv", newline="") as file:
         rows = {row["block"]: row for row in csv.DictReader(file)}
     assert "backbone.bottom_up.res4.nl0" in rows and "backbone.non_local.p4" in rows
     for row in rows.values():
-        assert 0 <= float(row["maps"]) <= 0.5 and 0 <= float(row["entropy"]) <= 1
-        assert float(row["gain"]) == 0
+        assert 0 <= float(row["att_distance"]) <= 0.5 and 0 <= float(row["entropy"]) <= 1
+        assert float(row["residual_ratio"]) == 0
     assert (tmp_path / "out" / "attention.png").read_bytes().startswith(b"\x89PNG")
     assert "backbone.non_local.p4" in capsys.readouterr().out
 
 
 class Storage(EventStorage):
-    """Keeps every number and picture that is put into it."""
+    """Keeps every scalar and image that is put into it."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.numbers, self.images = [], []
+        self.scalars, self.images = [], []
 
     def put_scalar(self, name, value, smoothing_hint=True, **options):
-        self.numbers.append((self.iter, name, value))
+        self.scalars.append((self.iter, name, value))
         super().put_scalar(name, value, smoothing_hint, **options)
 
     def put_image(self, name, image):
@@ -316,7 +343,7 @@ class Storage(EventStorage):
 
 
 def train(cfg, monkeypatch, *hooks) -> tuple[dict, Storage]:
-    """The weights after training, and what was written."""
+    """The weights after training, and the storage with everything written."""
     from detectron2.engine import train_loop
 
     kept = []
@@ -330,7 +357,7 @@ def train(cfg, monkeypatch, *hooks) -> tuple[dict, Storage]:
     return trainer.model.state_dict(), kept[0]
 
 
-def test_hook_writes_and_leaves_training_as_it_is(tmp_path, lamps, monkeypatch):
+def test_hook_writes_and_does_not_affect_training(tmp_path, lamps, monkeypatch):
     cfg = load_config(CONFIG)
     cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = str(tmp_path), (lamps,), ()
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH = 3, 1
@@ -338,27 +365,28 @@ def test_hook_writes_and_leaves_training_as_it_is(tmp_path, lamps, monkeypatch):
     without, _ = train(cfg, monkeypatch)
     watched = cfg.clone()
     watched.DATASETS.TEST = (lamps,)
-    weights, storage = train(cfg, monkeypatch, AttentionHook(watched, period=2, pictures=2))
+    weights, storage = train(cfg, monkeypatch, AttentionHook(watched, period=2, num_images=2))
 
     assert all(torch.equal(weights[name], value) for name, value in without.items())
     name = "attention/backbone.bottom_up.res4.nl0"
     assert [(step, image) for step, image, _ in storage.images] == [
         (step, f"{name}/{index}") for step in (1, 2) for index in (0, 1)
     ]
-    picture = storage.images[0][2]
-    assert picture.dtype == np.uint8 and picture.shape[0] == 3 and max(picture.shape) == 480
-    written = {(step, key): value for step, key, value in storage.numbers if "attention" in key}
-    keys = [f"{name}/{kind}" for kind in ("entropy", "gain", "distance", "output_weight")]
+    panel = storage.images[0][2]
+    assert panel.dtype == np.uint8 and panel.shape[0] == 3 and max(panel.shape) == 480
+    written = {(step, key): value for step, key, value in storage.scalars if "attention" in key}
+    tags = ("entropy", "residual_ratio", "att_distance", "output_weight_rms")
+    keys = [f"{name}/{tag}" for tag in tags]
     assert sorted(written) == sorted((step, key) for step in (1, 2) for key in keys)
-    # After two steps the block has begun to learn.
-    assert written[1, f"{name}/gain"] > 0 and written[1, f"{name}/output_weight"] > 0
+    # After two iterations the block has begun to learn.
+    assert written[1, f"{name}/residual_ratio"] > 0 and written[1, f"{name}/output_weight_rms"] > 0
 
 
 @pytest.mark.parametrize("norm", ["", "BN"])
-def test_output_weight_is_zero_for_a_new_block_only(norm):
+def test_output_weight_rms_is_zero_for_a_new_block_only(norm):
     block = NonLocalBlock(4, norm=norm)
-    assert output_weight(block) == 0
+    assert output_weight_rms(block) == 0
     nn.init.constant_(block.out.weight, -3.0)
     if norm:
         nn.init.constant_(block.norm.weight, 0.5)
-    assert output_weight(block) == pytest.approx(1.5 if norm else 3.0)
+    assert output_weight_rms(block) == pytest.approx(1.5 if norm else 3.0)

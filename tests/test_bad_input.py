@@ -582,8 +582,12 @@ TOOLS: dict[str, tuple[str, list[str], list[str]]] = {
         [*LOOK, "--dataset", "lamp_val"],
         ["lamp_val", "lamps_val"],
     ),
-    "measure: no image": ("measure_attention", [*LOOK, "--images", "0"], ["--images"]),
-    "measure: no number": ("measure_attention", [*LOOK, "--queries", "many"], ["--queries"]),
+    "measure: no image": ("measure_attention", [*LOOK, "--num-images", "0"], ["--num-images"]),
+    "measure: no number": (
+        "measure_attention",
+        [*LOOK, "--num-queries", "many"],
+        ["--num-queries"],
+    ),
     "analyze: no file": ("analyze_blocks", ["--config-file", "no.yaml"], ["no.yaml"]),
     "analyze: no LazyConfig": ("analyze_blocks", ["--config-file", "no.py"], ["no.py"]),
     "analyze: a broken LazyConfig": (

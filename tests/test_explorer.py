@@ -1,9 +1,9 @@
-"""The explorer: what its file holds, and what it does in a real browser, headless.
+"""The explorer page: the content of its file, and its behavior in a real headless browser.
 
-Each of these was broken by hand, and a test failed: groups of keys at the border; the decades of
-the scale, on either side; data that can end the script; in the page rows and columns swapped, the
-pointer not relative to the picture, the canvas half a cell off, always the first map, a pin that
-does not hold, touch that does not move, signs lost.
+Mutations tried by hand; each makes at least one test here fail: groups of keys at the border; the
+decades of the scale, on either side; data that can close the script element; in the page rows and
+columns swapped, the pointer not relative to the image, the canvas half a cell off, always the first
+map, a pin that does not hold, touch that does not move, signs lost.
 """
 
 from __future__ import annotations
@@ -24,18 +24,24 @@ from detectron2.structures import Boxes
 
 from nonlocal_det import NonLocalBlock
 from nonlocal_det.attention import AttentionQuery, AttentionRecorder, explorer_page
-from nonlocal_det.attention.explorer import DECADES, MAX_BYTES, _means, _steps, encode
+from nonlocal_det.attention.explorer import (
+    DECADES,
+    MAX_BYTES,
+    _block_means,
+    _downsampling_factors,
+    encode,
+)
 from nonlocal_det.attention.geometry import Grid
 
 WIDTH, HEIGHT = 120, 80
-LOOKS = [
+QUERIES = [
     AttentionQuery((35.0, 25.0), "1 left </script> 90%", (10.0, 10.0, 60.0, 40.0)),
     AttentionQuery((90.0, 60.0), "2 right 80%", (70.0, 45.0, 110.0, 75.0)),
 ]
 
 
 class Detector(nn.Module):
-    """Three blocks: one of the whole picture with two colours, one with one, one in a head."""
+    """Three blocks: two on the whole image, unsigned and signed, and one in a head."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +53,7 @@ class Detector(nn.Module):
 
     def forward(self, image):
         x = self.signed(self.plain(self.stem(image)))
-        boxes = [Boxes(torch.tensor([look.box for look in LOOKS]))]
+        boxes = [Boxes(torch.tensor([query.box for query in QUERIES]))]
         return self.head(self.pooler([x], boxes))
 
 
@@ -66,15 +72,15 @@ def image() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def page(recorder, image) -> str:
-    return explorer_page(image, LOOKS, recorder, title="<a> & b.png")
+    return explorer_page(image, QUERIES, recorder, title="<a> & b.png")
 
 
-def decoded(codes: np.ndarray, largest: np.ndarray, signed: bool) -> np.ndarray:
-    """What the scale says that codes (Q, M) stand for."""
+def decoded(codes: np.ndarray, maxima: np.ndarray, signed: bool) -> np.ndarray:
+    """The weights that codes (Q, M) stand for."""
     top = 127 if signed else 255
     magnitude = (codes & 127 if signed else codes).astype(float)
     values = 10.0 ** (((magnitude - 1) / (top - 1) - 1) * DECADES) * (magnitude > 0)
-    return values * largest[:, None] * np.where(signed & (codes > 127), -1, 1)
+    return values * maxima[:, None] * np.where(signed & (codes > 127), -1, 1)
 
 
 @pytest.mark.parametrize("signed, error", [(False, 0.02), (True, 0.04)])
@@ -83,32 +89,32 @@ def test_codes_keep_four_decades(signed, error):
     values = np.stack([magnitudes * 3e-3, np.zeros(5, np.float32)])
     if signed:
         values[0, 1::2] *= -1
-    largest, codes = encode(values, signed)
+    maxima, codes = encode(values, signed)
     assert codes.dtype == np.uint8
-    np.testing.assert_allclose(decoded(codes, largest, signed), values, rtol=error)
+    np.testing.assert_allclose(decoded(codes, maxima, signed), values, rtol=error)
     assert encode(np.float32([[1.0, 0.9e-4]]), signed)[1][0, 1] == 0
 
 
-def test_means_of_groups_at_the_border_are_of_what_is_there():
+def test_means_at_the_border_are_over_existing_keys():
     values = np.arange(15.0).reshape(1, 3, 5)
     # Rows 0 and 1, columns 0 and 1: 0, 1, 5, 6; the corner is 14 alone.
     expected = [[[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]]
-    np.testing.assert_array_equal(_means(values, 2), expected)
-    np.testing.assert_array_equal(_means(values, 1), values)
+    np.testing.assert_array_equal(_block_means(values, 2), expected)
+    np.testing.assert_array_equal(_block_means(values, 1), values)
 
 
-def test_page_of_a_large_picture_stays_below_its_limit():
+def test_page_of_a_large_image_stays_below_its_limit():
     bounds = (0.0, 0.0, 1333.0, 800.0)
     for stride in (4, 8, 16, 32):
         grid = Grid(0, 0, stride, stride, -(-1333 // stride), -(-800 // stride), bounds)
-        points, keys = _steps(grid, grid, 1.7e6)
-        small, targets = grid.coarser(points), grid.coarser(keys)
-        assert small.columns * small.rows * targets.columns * targets.rows <= 1.7e6
-    assert _steps(grid, grid, 1.7e6) == (1, 1)
+        query_factor, key_factor = _downsampling_factors(grid, grid, 1.7e6)
+        queries, keys = grid.downsampled(query_factor), grid.downsampled(key_factor)
+        assert queries.columns * queries.rows * keys.columns * keys.rows <= 1.7e6
+    assert _downsampling_factors(grid, grid, 1.7e6) == (1, 1)
 
 
 class White(nn.Module):
-    """Features without any order, so that nothing compresses."""
+    """Features of white noise, which does not compress."""
 
     def __init__(self):
         super().__init__()
@@ -127,14 +133,14 @@ def test_page_of_noise_with_several_large_blocks_stays_below_its_limit():
     assert MAX_BYTES / 3 < len(page.encode()) < MAX_BYTES
 
 
-def test_page_is_self_contained_and_escapes_what_it_is_given(page):
+def test_page_is_self_contained_and_escapes_its_input(page):
     assert "<title>&lt;a&gt; &amp; b.png" in page
     assert not re.search(r"https?://|src=\"(?!data:)|@import|url\(", page)
     assert "</script> 90%" not in page
     assert page.count("</script>") == 2
 
 
-def test_page_without_blocks_or_looks(image):
+def test_page_without_blocks_or_queries(image):
     empty = AttentionRecorder(nn.Identity())
     with empty:
         empty._model(torch.zeros(1, 3, HEIGHT, WIDTH))
@@ -145,18 +151,18 @@ def test_page_holds_the_maps_of_the_recorder(page, recorder):
     data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.S)[1])
     block = data["blocks"][0]
     view = block["views"][0]
-    assert (block["name"], view["steps"], view["points"]["columns"]) == ("plain", [1, 1], 15)
+    assert (block["name"], view["factors"], view["queries"]["columns"]) == ("plain", [1, 1], 15)
     codes = np.frombuffer(zlib.decompress(base64.b64decode(view["codes"])), np.uint8)
-    largest = np.frombuffer(base64.b64decode(view["largest"]), "<f4")
-    values = decoded(codes.reshape(150, 150), largest, block["signed"])
+    maxima = np.frombuffer(base64.b64decode(view["maxima"]), "<f4")
+    values = decoded(codes.reshape(150, 150), maxima, block["signed"])
     # The cell in column 4 and row 7.
-    expected = recorder.rows("plain", [(36, 60)])[0][0].ravel()
+    expected = recorder.attention_rows("plain", [(36, 60)])[0][0].ravel()
     close = np.abs(values[7 * 15 + 4] - expected) <= 0.02 * expected + 1e-4 * expected.max()
     assert close.all()
 
 
 def browser():
-    """Headless Chromium, or a skipped test with the reason."""
+    """Start headless Chromium, or skip the test with the reason."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if not all(programs):
@@ -179,7 +185,7 @@ def driver():
 
 
 def resize(driver, width: int, height: int, *, touch: bool = False, dark: bool = False) -> None:
-    """Make the window a laptop's or a phone's."""
+    """Give the window the size and the input of a laptop or a phone."""
     size = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": touch}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": touch})
@@ -199,7 +205,7 @@ def opened(driver, page, tmp_path):
 
 
 def settle(driver) -> None:
-    """Wait until the block's maps are unpacked and drawn."""
+    """Wait until the attention maps of the block are decompressed and drawn."""
     driver.execute_async_script(
         "const done = arguments[0];"
         "const wait = () => explorer.data.blocks[explorer.state.block].views[0].values"
@@ -222,7 +228,7 @@ def press(driver, *keys: str, held: str = "") -> None:
 
 
 def on_screen(driver, x: float, y: float) -> tuple[float, float]:
-    """Where a point of the picture is in the window."""
+    """Convert a point of the image to window coordinates."""
     box = driver.execute_script(
         "const b = document.getElementById('stage').getBoundingClientRect();"
         "return [b.left, b.top, b.width, b.height]"
@@ -231,7 +237,7 @@ def on_screen(driver, x: float, y: float) -> tuple[float, float]:
 
 
 def mouse(driver, kind: str, x: float, y: float) -> None:
-    """A mouse event at a point of the picture."""
+    """Dispatch a mouse event at a point of the image."""
     at = on_screen(driver, x, y)
     event = {"type": kind, "x": at[0], "y": at[1], "button": "none"}
     if kind != "mouseMoved":
@@ -246,10 +252,10 @@ def click(driver, x: float, y: float) -> None:
 
 
 def shown(driver) -> np.ndarray:
-    """The map that the page shows, (R, C)."""
+    """The attention map that the page shows, (R, C)."""
     found = driver.execute_script(
         "const m = explorer.map();"
-        "return m && [m.view.keys.rows, m.view.keys.columns, m.largest, [...m.shares]]"
+        "return m && [m.view.keys.rows, m.view.keys.columns, m.maximum, [...m.weights]]"
     )
     if found is None:
         return None
@@ -264,7 +270,7 @@ def text(driver, name: str) -> str:
     return driver.execute_script(f"return document.getElementById({name!r}).innerText")
 
 
-def check_choice(driver, name: str, value: str) -> None:
+def set_control(driver, name: str, value: str) -> None:
     driver.execute_script(
         "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
         "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change'))",
@@ -275,7 +281,8 @@ def check_choice(driver, name: str, value: str) -> None:
 
 
 def assert_is_the_recorders(driver, recorder, block, at, box=None):
-    expected = recorder.rows(block, [at], boxes=None if box is None else [box])[0][0]
+    boxes = None if box is None else [box]
+    expected = recorder.attention_rows(block, [at], roi_boxes=boxes)[0][0]
     tolerance = 0.04 * np.abs(expected) + 1.1e-4 * np.abs(expected).max()
     assert (np.abs(shown(driver) - expected) <= tolerance).all()
 
@@ -285,50 +292,53 @@ def test_map_under_the_pointer_is_the_recorders(opened, recorder):
         mouse(opened, "mouseMoved", *at)
         np.testing.assert_allclose(point(opened), at, atol=0.2)
         assert_is_the_recorders(opened, recorder, "plain", at)
-    check_choice(opened, "block", "1")
+    set_control(opened, "block", "1")
     assert_is_the_recorders(opened, recorder, "signed", (20, 70))
     mouse(opened, "mouseMoved", 100, 10)
     assert_is_the_recorders(opened, recorder, "signed", (100, 10))
 
 
 def test_block_in_a_head_shows_the_detection_under_the_pointer(opened, recorder):
-    check_choice(opened, "block", "2")
-    for look in LOOKS:
-        at = (look.box[0] + 3, look.box[3] - 4)
+    set_control(opened, "block", "2")
+    for query in QUERIES:
+        at = (query.box[0] + 3, query.box[3] - 4)
         mouse(opened, "mouseMoved", *at)
-        assert_is_the_recorders(opened, recorder, "head", at, look.box)
+        assert_is_the_recorders(opened, recorder, "head", at, query.box)
     mouse(opened, "mouseMoved", 2, 78)
     assert shown(opened) is None
     assert "move into a box" in text(opened, "readout")
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])
-def test_canvas_shows_the_recorders_map_in_its_place(opened, recorder, scale):
-    check_choice(opened, "scale", scale)
-    check_choice(opened, "opacity", "100")
+def test_canvas_shows_the_recorders_map_at_its_position(opened, recorder, scale):
+    set_control(opened, "scale", scale)
+    set_control(opened, "opacity", "100")
     press(opened, "a")  # no arrows
     for at in [(30, 30), (100, 70)]:
         mouse(opened, "mouseMoved", *at)
-        heat = recorder.attention_maps("plain", [at])[0]
-        heat = heat / heat.max()
+        attn_map = recorder.attention_maps("plain", [at])[0]
+        attn_map = attn_map / attn_map.max()
         if scale == "log":
-            heat = np.clip(1 + np.log10(np.maximum(heat, 1e-9)) / DECADES, 0, 1)
-        light = pixels(opened) @ [0.3, 0.6, 0.1]
-        # Away from the point's own dot, and from the borders.
-        rows, columns = np.indices(light.shape)
+            attn_map = np.clip(1 + np.log10(np.maximum(attn_map, 1e-9)) / DECADES, 0, 1)
+        luminance = pixels(opened) @ [0.3, 0.6, 0.1]
+        # Away from the dot of the point itself, and from the borders.
+        rows, columns = np.indices(luminance.shape)
         inside = np.hypot(columns - at[0], rows - at[1]) > 4
         inside &= (rows > 7) & (rows < HEIGHT - 8) & (columns > 7) & (columns < WIDTH - 8)
 
-        def likeness(down: int, across: int, light=light, heat=heat, inside=inside) -> float:
-            return np.corrcoef(light[inside], np.roll(heat, (down, across), (0, 1))[inside])[0, 1]
+        def correlation(
+            down: int, right: int, luminance=luminance, attn_map=attn_map, inside=inside
+        ) -> float:
+            shifted = np.roll(attn_map, (down, right), (0, 1))
+            return np.corrcoef(luminance[inside], shifted[inside])[0, 1]
 
-        # The dark colors' steps leave a little; a quarter of a cell off is less alike.
-        assert likeness(0, 0) > 0.95
-        assert likeness(0, 0) > max(likeness(*d) for d in [(0, 2), (0, -2), (2, 0), (-2, 0)])
+        # Not 1, for dark colors are quantized; a shift by a quarter of a cell correlates less.
+        assert correlation(0, 0) > 0.95
+        assert correlation(0, 0) > max(correlation(*d) for d in [(0, 2), (0, -2), (2, 0), (-2, 0)])
 
 
 def pixels(driver) -> np.ndarray:
-    """The canvas at each pixel of the picture, RGB (HEIGHT, WIDTH, 3)."""
+    """The canvas resampled to the pixels of the image, RGB (HEIGHT, WIDTH, 3)."""
     data = driver.execute_script(
         "const shown = document.getElementById('canvas'), c = document.createElement('canvas');"
         "[c.width, c.height] = arguments;"
@@ -359,7 +369,7 @@ def test_keyboard(opened, recorder):
 
     opened.execute_script("document.getElementById('stage').focus()")
     press(opened, Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
-    # Cells are 8 pixels; it starts at the first detection.
+    # Cells are 8 pixels wide; the initial point is the first detection.
     assert point(opened) == [43, 33]
     assert_is_the_recorders(opened, recorder, "plain", (43, 33))
     press(opened, Keys.ARROW_LEFT, held=Keys.SHIFT)
@@ -367,11 +377,11 @@ def test_keyboard(opened, recorder):
     press(opened, Keys.ARROW_LEFT, held=Keys.SHIFT)
     assert point(opened) == [0, 33]
     press(opened, "n")
-    assert point(opened) == list(LOOKS[0].point)
+    assert point(opened) == list(QUERIES[0].point)
     press(opened, "n")
-    assert point(opened) == list(LOOKS[1].point)
+    assert point(opened) == list(QUERIES[1].point)
     press(opened, "b")
-    assert_is_the_recorders(opened, recorder, "signed", LOOKS[1].point)
+    assert_is_the_recorders(opened, recorder, "signed", QUERIES[1].point)
     press(opened, "l")
     assert opened.execute_script("return explorer.state.scale") == "log"
     press(opened, Keys.ESCAPE)
@@ -380,12 +390,12 @@ def test_keyboard(opened, recorder):
     assert opened.execute_script("return explorer.state.pinned") is True
 
 
-def test_detections_are_chosen_from_the_list(opened, recorder):
-    buttons = opened.find_elements("css selector", "#looks button")
-    assert [button.text for button in buttons] == [look.label for look in LOOKS]
+def test_detections_are_selected_from_the_list(opened, recorder):
+    buttons = opened.find_elements("css selector", "#queries button")
+    assert [button.text for button in buttons] == [query.label for query in QUERIES]
     buttons[1].click()
     settle(opened)
-    assert_is_the_recorders(opened, recorder, "plain", LOOKS[1].point)
+    assert_is_the_recorders(opened, recorder, "plain", QUERIES[1].point)
     assert [b.get_attribute("aria-pressed") for b in buttons] == ["false", "true"]
 
 
@@ -411,7 +421,7 @@ def test_page_fits_its_window(opened, width, height, touch, dark, tmp_path):
         "return [document.documentElement.scrollWidth, [b.left, b.top, b.right, b.bottom]]"
     )
     assert wide <= width
-    # The whole picture is seen without scrolling, and it is large.
+    # The whole image is visible without scrolling, and it is large.
     assert stage[0] >= 0 and stage[2] <= width and stage[3] <= height
     assert stage[2] - stage[0] > width * 0.6
     paper = opened.execute_script("return getComputedStyle(document.body).backgroundColor")

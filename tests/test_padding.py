@@ -247,7 +247,7 @@ def test_recorded_weights_are_those_the_model_used(model):
     cfg = configured((), {})
     with torch.no_grad(), AttentionRecorder(uniform) as recorder:
         uniform(images(cfg, *SIZES))
-    for block in recorder.recorded:
+    for block in recorder.recorded_blocks:
         for image in (0, 1):
-            ((rows, _),) = recorder.rows(block, [(10, 10)], image=image)
+            ((rows, _),) = recorder.attention_rows(block, [(10, 10)], image_index=image)
             assert rows == pytest.approx(1 / rows.size, rel=1e-5)

@@ -1,13 +1,15 @@
-"""One self-contained page per picture, to move over and see what each point looks at.
+"""A self-contained HTML page for each image that shows the attention map under the pointer.
 
-Everything is in the file: the picture, and for each block the maps of a grid of points, coarse
-enough for the file to stay below 8 MB. What is left out is written on the page:
+The file holds the image and, for each block, the attention maps of a grid of queries, downsampled
+so that the file stays below `MAX_BYTES`. The page states what was omitted:
 
-- Points: the block's cells, or every second, third, ... in each direction; a group of cells shows
-  the map of the one in its middle, which is exact.
-- Maps: the block's keys, or the means of groups of 2 x 2, 3 x 3, ... of them.
-- Weights: eight bits on a logarithmic scale over four decades below the largest of each map; what
-  is smaller counts as zero. The relative error is at most 2%, or 4% with signs.
+- Queries: the cells of the block, or every second, third, ... one in each direction; a group of
+  cells shows the exact map of the cell in its middle.
+- Keys: the cells of the block's keys, or the means of groups of 2 x 2, 3 x 3, ... cells.
+- Weights: eight bits on a logarithmic scale over four decades below the maximum of each map;
+  smaller weights become zero. The relative error is at most 2%, or 4% for signed weights.
+
+Shape symbols: Q queries, M keys, R and C rows and columns of the grid of keys.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import matplotlib
 import numpy as np
 from PIL import Image
 
+from ..utils.deprecation import renamed_arguments
 from .figure import AttentionQuery
 from .geometry import Grid
 from .overlay import DIVERGING, SEQUENTIAL, check_image
@@ -35,62 +39,69 @@ DECADES = 4
 COLORMAPS = (SEQUENTIAL, "viridis", "turbo", "gray", DIVERGING, "PuOr_r")
 
 _TEMPLATE = os.path.join(os.path.dirname(__file__), "explorer.html")
-_LONGEST = 1600  # pixels of the longer side of the picture on the page
-_BLOCK_BYTES = 2_000_000  # of the codes of one block, before compression
+_MAX_IMAGE_LENGTH = 1600  # pixels of the longer side of the embedded image
+_MAX_BLOCK_BYTES = 2_000_000  # codes of one block, before compression
 _CHUNK = 256  # rows computed at a time
 
 
+@renamed_arguments(looks="queries", index="image_index")
 def explorer_page(
     image: np.ndarray,
-    looks: Sequence[AttentionQuery],
+    queries: Sequence[AttentionQuery],
     recorder: AttentionRecorder,
     *,
     title: str,
     blocks: Optional[Sequence[str]] = None,
-    index: int = 0,
+    image_index: int = 0,
 ) -> str:
-    """The page, as HTML.
+    """Create the page of an image.
 
     Args:
-        image: RGB uint8 (H, W, 3), the original picture.
-        looks: detections or points to choose from; a block in a head is shown inside their boxes.
-        recorder: holds the call.
-        title: of the page.
-        blocks: names; by default all that the call reached.
-        index: of the picture in the recorded batch.
+        image: RGB uint8 image (H, W, 3), the original image.
+        queries: Detections or points to choose from; a block in a head is shown inside their
+            boxes.
+        recorder: Recorder that holds the call.
+        title: Title of the page.
+        blocks: Names of the blocks to include. Default: all recorded blocks.
+        image_index: Index of the image in the batch.
+
+    Returns:
+        HTML.
 
     Raises:
-        KeyError: for a block that the call did not reach.
+        KeyError: If a block was not recorded.
+        ValueError: If ``image`` is not RGB uint8.
     """
     check_image(image)
-    picture = _picture_url(image)
-    names = recorder.recorded if blocks is None else list(blocks)
-    room = (0.97 * MAX_BYTES - len(picture)) * 3 / 4 - 60_000
-    budget = min(room / max(len(names), 1), _BLOCK_BYTES)
+    image_url = _image_url(image)
+    names = recorder.recorded_blocks if blocks is None else list(blocks)
+    # Base64 needs four bytes for three; the rest of the page, colormaps included, is below 60 kB.
+    available = (0.97 * MAX_BYTES - len(image_url)) * 3 / 4 - 60_000
+    max_bytes = min(available / max(len(names), 1), _MAX_BLOCK_BYTES)
     content = {
         "title": title,
         "width": image.shape[1],
         "height": image.shape[0],
-        "picture": picture,
+        "image": image_url,
         "decades": DECADES,
-        "looks": [{"point": look.point, "label": look.label, "box": look.box} for look in looks],
-        "colormaps": {name: _base64(_colors(name)) for name in COLORMAPS},
-        "blocks": [_block(recorder, name, looks, index, budget) for name in names],
+        "queries": [{"point": q.point, "label": q.label, "box": q.box} for q in queries],
+        "colormaps": {name: _base64(_color_table(name)) for name in COLORMAPS},
+        "blocks": [_block_data(recorder, name, queries, image_index, max_bytes) for name in names],
     }
     with open(_TEMPLATE, encoding="utf-8") as file:
         page = file.read()
-    # Neither a title nor a label may end the script that holds them.
+    # A title or label must not close the script element that holds them.
     data = json.dumps(content).replace("<", "\\u003c")
     return page.replace("__TITLE__", html.escape(title)).replace("__DATA__", data)
 
 
-def _picture_url(image: np.ndarray) -> str:
-    """The picture as a data URL: PNG where that is small, as for drawings, or else JPEG."""
-    picture = Image.fromarray(image)
-    picture.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
+def _image_url(image: np.ndarray) -> str:
+    """The image as a data URL: PNG if that is small, as for drawings, or else JPEG."""
+    resized = Image.fromarray(image)
+    resized.thumbnail((_MAX_IMAGE_LENGTH, _MAX_IMAGE_LENGTH), Image.Resampling.LANCZOS)
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
         file = io.BytesIO()
-        picture.save(file, kind, **options)
+        resized.save(file, kind, **options)
         if file.tell() < 200_000:
             break
     return f"data:image/{kind};base64,{_base64(file.getvalue())}"
@@ -100,98 +111,126 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _colors(name: str) -> bytes:
-    """256 RGB colors of matplotlib's."""
+def _color_table(name: str) -> bytes:
+    """256 RGB colors of a matplotlib colormap, one byte per channel."""
     colors = matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3]
     return (colors * 255 + 0.5).astype(np.uint8).tobytes()
 
 
-def _block(
+@dataclass(frozen=True)
+class _View:
+    """The attention maps of a block over the whole image, or over one RoI.
+
+    Attributes:
+        queries: Grid of the queries, downsampled.
+        keys: Grid of the keys, downsampled.
+        weights: Attention weights (Q, R, C).
+        factors: Downsampling factors of the queries and of the keys.
+    """
+
+    queries: Grid
+    keys: Grid
+    weights: np.ndarray
+    factors: tuple[int, int]
+
+
+def _block_data(
     recorder: AttentionRecorder,
     name: str,
-    looks: Sequence[AttentionQuery],
-    index: int,
-    budget: float,
+    queries: Sequence[AttentionQuery],
+    image_index: int,
+    max_bytes: float,
 ) -> dict[str, Any]:
-    """A block's views: one of the whole picture, or in a head one for each detection."""
-    in_head = recorder.regions(name, image=index) is not None
-    # For each view the index of its look, and of its region.
-    shown: list[tuple[int, Optional[int]]] = [(-1, None)]
+    """A block's views: one of the whole image, or one for each detection if it is in a head."""
+    in_head = recorder.roi_boxes(name, image_index=image_index) is not None
+    # The index of the query that each view belongs to, and of its RoI.
+    indices: list[tuple[int, Optional[int]]] = [(-1, None)]
     if in_head:
-        boxed = [(i, look) for i, look in enumerate(looks) if look.box is not None]
-        shown = [(i, recorder.region(name, k.point, image=index, box=k.box)) for i, k in boxed]
-    views = [_view(recorder, name, index, r, budget / len(shown)) for _, r in shown]
-    # All views of a block are coded alike, so that one scale serves them.
-    signed = any((values < 0).any() for _, _, values, _ in views)
-    coded = [{"look": i, **_coded(*view, signed)} for (i, _), view in zip(shown, views)]
-    return {"name": name, "signed": bool(signed), "inHead": in_head, "views": coded}
+        indices = [
+            (i, recorder.roi_index(name, q.point, image_index=image_index, roi_box=q.box))
+            for i, q in enumerate(queries)
+            if q.box is not None
+        ]
+    views = [
+        _view(recorder, name, image_index, roi_index, max_bytes / len(indices))
+        for _, roi_index in indices
+    ]
+    # All views of a block are encoded alike, so that one scale serves them.
+    signed = any((view.weights < 0).any() for view in views)
+    encoded = [{"query": i, **_encoded(view, signed)} for (i, _), view in zip(indices, views)]
+    return {"name": name, "signed": bool(signed), "inHead": in_head, "views": encoded}
 
 
 def _view(
-    recorder: AttentionRecorder, name: str, index: int, region: Optional[int], budget: float
-) -> tuple[Grid, Grid, np.ndarray, tuple[int, int]]:
-    """The grids of points and keys, the weights (Q, R, C), and the groups of cells."""
-    grid = recorder.grid(name, image=index, region=region)
-    first = np.zeros((1, 2), dtype=np.int64)
-    keys = recorder.weights(name, first, image=index, region=region)[1]
-    point_step, key_step = _steps(grid, keys, budget)
-    cells = _middle_cells(grid, point_step)
+    recorder: AttentionRecorder,
+    name: str,
+    image_index: int,
+    roi_index: Optional[int],
+    max_bytes: float,
+) -> _View:
+    """Compute the attention maps of one view in at most ``max_bytes`` bytes."""
+    at = {"image_index": image_index, "roi_index": roi_index}
+    grid = recorder.grid(name, **at)
+    _, keys = recorder.attention_weights(name, np.zeros((1, 2), dtype=np.int64), **at)
+    query_factor, key_factor = _downsampling_factors(grid, keys, max_bytes)
+    cells = _middle_cells(grid, query_factor)
     chunks = []
     for start in range(0, len(cells), _CHUNK):
-        chunk = cells[start : start + _CHUNK]
-        values, _ = recorder.weights(name, chunk, image=index, region=region)
-        chunks.append(_means(values, key_step))
-    steps = (point_step, key_step)
-    return grid.coarser(point_step), keys.coarser(key_step), np.concatenate(chunks), steps
+        weights, _ = recorder.attention_weights(name, cells[start : start + _CHUNK], **at)
+        chunks.append(_block_means(weights, key_factor))
+    return _View(
+        queries=grid.downsampled(query_factor),
+        keys=keys.downsampled(key_factor),
+        weights=np.concatenate(chunks),
+        factors=(query_factor, key_factor),
+    )
 
 
-def _steps(grid: Grid, keys: Grid, budget: float) -> tuple[int, int]:
-    """How many cells, and keys, stand for one, so that all maps take at most ``budget`` bytes."""
+def _downsampling_factors(queries: Grid, keys: Grid, max_bytes: float) -> tuple[int, int]:
+    """The smallest factors of queries and keys with which all maps take at most ``max_bytes``."""
 
-    def size(steps: tuple[int, int]) -> int:
-        points, targets = grid.coarser(steps[0]), keys.coarser(steps[1])
-        return points.columns * points.rows * targets.columns * targets.rows
+    def size(factors: tuple[int, int]) -> int:
+        small_queries, small_keys = queries.downsampled(factors[0]), keys.downsampled(factors[1])
+        return small_queries.columns * small_queries.rows * small_keys.columns * small_keys.rows
 
-    most = max(grid.columns, grid.rows)
-    pairs = [(p, k) for p in range(1, most + 1) for k in (p, max(p - 1, 1))]
-    # Points before keys: the eye misses detail of the map more than of where it asks.
+    largest = max(queries.columns, queries.rows)
+    pairs = [(q, k) for q in range(1, largest + 1) for k in (q, max(q - 1, 1))]
+    # Queries are reduced before keys: detail of a map is missed more than that of its query.
     pairs.sort(key=lambda pair: (sum(pair), pair[1]))
-    return next((pair for pair in pairs if size(pair) <= budget), pairs[-1])
+    return next((pair for pair in pairs if size(pair) <= max_bytes), pairs[-1])
 
 
-def _middle_cells(grid: Grid, step: int) -> np.ndarray:
-    """(Q, 2) as (column, row): the middle of each group of ``step`` x ``step`` cells."""
-    coarse = grid.coarser(step)
-    columns = np.minimum(np.arange(coarse.columns) * step + step // 2, grid.columns - 1)
-    rows = np.minimum(np.arange(coarse.rows) * step + step // 2, grid.rows - 1)
+def _middle_cells(grid: Grid, factor: int) -> np.ndarray:
+    """The cell (column, row) in the middle of each ``factor`` x ``factor`` group, shape (Q, 2)."""
+    small = grid.downsampled(factor)
+    columns = np.minimum(np.arange(small.columns) * factor + factor // 2, grid.columns - 1)
+    rows = np.minimum(np.arange(small.rows) * factor + factor // 2, grid.rows - 1)
     return np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
 
 
-def _means(values: np.ndarray, step: int) -> np.ndarray:
-    """Means (Q, R / step, C / step) of groups of keys (Q, R, C); at the border of what there is."""
+def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
+    """Means over ``factor`` x ``factor`` keys of (Q, R, C), smaller groups at the border."""
     for axis in (1, 2):
-        length = values.shape[axis]
-        starts = np.arange(0, length, step)
+        length = weights.shape[axis]
+        starts = np.arange(0, length, factor)
         counts = np.diff([*starts, length]).reshape([-1 if a == axis else 1 for a in range(3)])
-        values = np.add.reduceat(values, starts, axis=axis) / counts
-    return values
+        weights = np.add.reduceat(weights, starts, axis=axis) / counts
+    return weights
 
 
-def _coded(
-    points: Grid, keys: Grid, values: np.ndarray, steps: tuple[int, int], signed: bool
-) -> dict[str, Any]:
-    largest, codes = encode(values.reshape(len(values), -1), signed)
+def _encoded(view: _View, signed: bool) -> dict[str, Any]:
+    maxima, codes = encode(view.weights.reshape(len(view.weights), -1), signed)
     return {
-        "points": _grid(points),
-        "keys": _grid(keys),
-        "bounds": points.bounds,
-        "steps": steps,
-        "largest": _base64(largest.astype("<f4").tobytes()),
+        "queries": _grid_data(view.queries),
+        "keys": _grid_data(view.keys),
+        "bounds": view.queries.bounds,
+        "factors": view.factors,
+        "maxima": _base64(maxima.astype("<f4").tobytes()),
         "codes": _base64(zlib.compress(codes.tobytes(), 9)),
     }
 
 
-def _grid(grid: Grid) -> dict[str, float]:
+def _grid_data(grid: Grid) -> dict[str, float]:
     return {
         "left": grid.left,
         "top": grid.top,
@@ -202,16 +241,23 @@ def _grid(grid: Grid) -> dict[str, float]:
     }
 
 
-def encode(values: np.ndarray, signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (Q, M) as the largest magnitude of each row, (Q,), and a byte for each weight.
+def encode(weights: np.ndarray, signed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Encode attention weights as bytes on a logarithmic scale.
 
-    0 is zero. Above it the scale is logarithmic: 1 is ``DECADES`` below the largest, and 255 the
-    largest; or, if ``signed``, 127 the largest, and the eighth bit the sign.
+    Code 0 is zero. Unsigned, code 1 is `DECADES` decades below the maximum of the row and code 255
+    the maximum. Signed, code 127 is the maximum, and the eighth bit is the sign.
+
+    Args:
+        weights: Attention weights, shape (Q, M).
+        signed: Whether to keep the sign.
+
+    Returns:
+        Maximum magnitude of each row, shape (Q,), and codes, uint8 of shape (Q, M).
     """
-    largest = np.abs(values).max(axis=1)
+    maxima = np.abs(weights).max(axis=1)
     top = 127 if signed else 255
-    share = np.abs(values) / np.where(largest > 0, largest, 1)[:, None]
+    relative = np.abs(weights) / np.where(maxima > 0, maxima, 1)[:, None]
     with np.errstate(divide="ignore"):
-        place = 1 + np.log10(share) / DECADES
-    codes = np.where(place >= 0, np.rint(1 + place * (top - 1)), 0).astype(np.uint8)
-    return largest, codes | np.where(values < 0, 128, 0).astype(np.uint8) if signed else codes
+        level = 1 + np.log10(relative) / DECADES
+    codes = np.where(level >= 0, np.rint(1 + level * (top - 1)), 0).astype(np.uint8)
+    return maxima, codes | np.where(weights < 0, 128, 0).astype(np.uint8) if signed else codes

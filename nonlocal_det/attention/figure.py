@@ -1,6 +1,7 @@
-"""Figures: the detections of a picture beside what each of them looks at.
+"""Figures: the detections of an image beside the attention map of each of them.
 
-Figures are matplotlib's, made without its global state; `save_figure` writes PNG and PDF.
+Figures are matplotlib's, created without its global state; `nonlocal_det.attention.save_figure`
+writes them as PNG or PDF.
 """
 
 from __future__ import annotations
@@ -15,17 +16,14 @@ import matplotlib
 import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from ..utils.deprecation import renamed_arguments
 from ..utils.plotting import FIGURE_STYLE
+from .figure_layout import FigureLayout, grid_shape
 from .geometry import Grid
 from .overlay import (
     ACCENT,
-    DIVERGING,
-    SEQUENTIAL,
     SIGNED_ACCENT,
     draw_arrows,
     draw_box,
@@ -37,23 +35,17 @@ from .overlay import (
 )
 from .recorder import AttentionRecorder
 
-# Lengths in inches, but pixels where named so.
-_PANEL = 1.3  # the shorter side of a panel, unless its picture is long and low
-_WIDEST = 3.9
-_GAP = 0.12
-_TITLE = 0.24
-_BAR = 0.09
-_DPI = 200
+OVERVIEW_LENGTH = 600  # pixels of the longer side of the overview image
 
 
 @dataclass(frozen=True)
 class AttentionQuery:
-    """One place of a picture, and the detection that it stands for, if any.
+    """A query point of an image, and the detection that it represents, if any.
 
     Attributes:
-        point: (x, y) in pixels of the original image.
-        label: what the panel is called.
-        box: (x0, y0, x1, y1) of the detection.
+        point: Query point (x, y) in pixels of the original image.
+        label: Title of the panel.
+        box: Box (x0, y0, x1, y1) of the detection in pixels of the original image, or None.
     """
 
     point: tuple[float, float]
@@ -64,54 +56,66 @@ class AttentionQuery:
 def queries_from_instances(
     instances: Instances, names: Optional[Sequence[str]] = None
 ) -> list[AttentionQuery]:
-    """The centres of detections, labelled with number, name and score: "1 person 98%"."""
+    """Create queries at the centers of detections.
+
+    Args:
+        instances: Detections of one image.
+        names: Class names. Default: "class 0", "class 1", ...
+
+    Returns:
+        One query for each detection, labeled with number, class and score: "1 person 98%".
+    """
     boxes = instances.pred_boxes.tensor.cpu().numpy().astype(float)
     classes = instances.pred_classes.tolist()
     scores = instances.scores.tolist()
-    looks = []
-    for number, (box, index, score) in enumerate(zip(boxes, classes, scores), start=1):
-        name = names[index] if names else f"class {index}"
+    queries = []
+    for number, (box, class_id, score) in enumerate(zip(boxes, classes, scores), start=1):
+        name = names[class_id] if names else f"class {class_id}"
         center = (float(box[0] + box[2]) / 2, float(box[1] + box[3]) / 2)
-        looks.append(AttentionQuery(center, f"{number} {name} {score:.0%}", tuple(box.tolist())))
-    return looks
+        queries.append(AttentionQuery(center, f"{number} {name} {score:.0%}", tuple(box.tolist())))
+    return queries
 
 
+@renamed_arguments(heat="attn_map", look="query", targets="top_keys", longest="target_length")
 def attention_panel(
     image: np.ndarray,
-    heat: np.ndarray,
-    look: AttentionQuery,
-    targets: Sequence[tuple[float, float, float]] = (),
+    attn_map: np.ndarray,
+    query: AttentionQuery,
+    top_keys: Sequence[tuple[float, float, float]] = (),
     *,
     signed: Optional[bool] = None,
-    longest: int = 480,
+    target_length: int = 480,
 ) -> np.ndarray:
-    """One map over its picture, with the place that asked, its box, and arrows to ``targets``.
+    """Draw an attention map over its image, with the query, its box, and arrows to keys.
 
     Args:
-        image: RGB uint8 (H, W, 3).
-        heat: (H, W), as `AttentionRecorder.attention` gives.
-        look: the place.
-        targets: (x, y, weight), as `AttentionRecorder.strongest` gives.
-        signed: as in `draw.overlay_attention`.
-        longest: pixels of the longer side of what is returned.
+        image: RGB uint8 image (H, W, 3), the original image.
+        attn_map: Attention map (H, W), as from `AttentionRecorder.attention_maps`.
+        query: Query of the attention map.
+        top_keys: Keys (x, y, weight) that get an arrow, as from `AttentionRecorder.top_k`.
+        signed: Use a diverging colormap around zero. Default: if a weight is negative.
+        target_length: Length of the longer side of the result in pixels.
 
     Returns:
-        RGB uint8.
+        RGB uint8 image.
     """
-    picture, factor = resize_longest_side(image, longest)
-    height, width = picture.shape[:2]
-    limit = max_magnitude(heat)
-    heat = cv2.resize(heat.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    signed = is_signed(heat) if signed is None else signed
+    resized, factor = resize_longest_side(image, target_length)
+    size = resized.shape[1::-1]
+    vmax = max_magnitude(attn_map)
+    attn_map = cv2.resize(attn_map.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    signed = is_signed(attn_map) if signed is None else signed
     color = SIGNED_ACCENT if signed else ACCENT
-    result = overlay_attention(picture, heat, limit=limit, signed=signed)
-    if look.box is not None:
-        result = draw_box(result, [v * factor for v in look.box], color=color)
-    scaled = [(x * factor, y * factor, weight) for x, y, weight in targets]
-    point = (look.point[0] * factor, look.point[1] * factor)
+    result = overlay_attention(resized, attn_map, vmax=vmax, signed=signed)
+    if query.box is not None:
+        result = draw_box(result, [v * factor for v in query.box], color=color)
+    scaled = [(x * factor, y * factor, weight) for x, y, weight in top_keys]
+    point = (query.point[0] * factor, query.point[1] * factor)
     return draw_arrows(result, point, scaled, color=color)
 
 
+@renamed_arguments(
+    count="max_detections", arrows="num_arrows", index="image_index", by_class="color_by_class"
+)
 def detection_figure(
     image: np.ndarray,
     instances: Instances,
@@ -119,182 +123,146 @@ def detection_figure(
     *,
     metadata: Optional[Metadata] = None,
     blocks: Optional[Sequence[str]] = None,
-    count: int = 6,
-    arrows: int = 10,
-    index: int = 0,
-    by_class: bool = False,
+    max_detections: int = 6,
+    num_arrows: int = 10,
+    image_index: int = 0,
+    color_by_class: bool = False,
 ) -> Figure:
-    """The detections of one picture, and the attention of the centre of each.
+    """Draw the detections of an image, and the attention map of the center of each.
 
-    One block's panels fill a grid; several blocks take a row each.
+    The panels of a single block form a grid; several blocks get a row each.
 
     Args:
-        image: RGB uint8 (H, W, 3), the original picture.
-        instances: what the model found in it.
-        recorder: holds the call that found it.
-        metadata: of the dataset, for the names of classes and keypoints.
-        blocks: names; by default all that the call reached.
-        count: how many detections at most, the most certain first.
-        arrows: how many of the strongest positions get an arrow.
-        index: of the picture in the recorded batch.
-        by_class: detections in the ``thing_colors`` of the metadata, if it has any, not each in
-            a color of its own.
+        image: RGB uint8 image (H, W, 3), the original image.
+        instances: Predictions of the recorded call for this image.
+        recorder: Recorder that holds the call.
+        metadata: Metadata of the dataset, which holds the names of classes and keypoints.
+        blocks: Names of the blocks to draw. Default: all recorded blocks.
+        max_detections: Maximum number of detections, highest score first.
+        num_arrows: Maximum number of arrows in a panel, to the keys of largest magnitude.
+        image_index: Index of the image in the batch.
+        color_by_class: Draw detections in the ``thing_colors`` of the metadata, if it has any,
+            instead of in a different color each.
+
+    Returns:
+        matplotlib figure, to be saved with `nonlocal_det.attention.save_figure`.
 
     Raises:
-        KeyError: for a block that the call did not reach.
+        KeyError: If a block was not recorded.
     """
     instances = instances.to("cpu")
-    instances = instances[instances.scores.argsort(descending=True)[:count]]
-    looks = queries_from_instances(instances, getattr(metadata, "thing_classes", None))
+    instances = instances[instances.scores.argsort(descending=True)[:max_detections]]
+    queries = queries_from_instances(instances, getattr(metadata, "thing_classes", None))
     colors = None
     palette = np.asarray(getattr(metadata, "thing_colors", ())) / 255
-    if by_class and len(palette):
-        colors = [tuple(palette[index]) for index in instances.pred_classes.tolist()]
-    labels = [look.label for look in looks]
+    if color_by_class and len(palette):
+        colors = [tuple(palette[class_id]) for class_id in instances.pred_classes.tolist()]
     overview = overlay_instances(
-        resize_longest_side(image, 600)[0], instances, labels, metadata=metadata, colors=colors
+        resize_longest_side(image, OVERVIEW_LENGTH)[0],
+        instances,
+        [query.label for query in queries],
+        metadata=metadata,
+        colors=colors,
     )
     return attention_figure(
-        image, looks, recorder, overview=overview, blocks=blocks, arrows=arrows, index=index
+        image,
+        queries,
+        recorder,
+        overview=overview,
+        blocks=blocks,
+        num_arrows=num_arrows,
+        image_index=image_index,
     )
 
 
+@renamed_arguments(looks="queries", arrows="num_arrows", index="image_index")
 def attention_figure(
     image: np.ndarray,
-    looks: Sequence[AttentionQuery],
+    queries: Sequence[AttentionQuery],
     recorder: AttentionRecorder,
     *,
     overview: np.ndarray,
     blocks: Optional[Sequence[str]] = None,
-    arrows: int = 10,
-    index: int = 0,
+    num_arrows: int = 10,
+    image_index: int = 0,
 ) -> Figure:
-    """Any places of one picture; ``overview`` is drawn large beside their panels.
+    """Draw the attention maps of queries beside an overview image.
 
-    The other arguments are those of `detection_figure`.
+    Args:
+        image: RGB uint8 image (H, W, 3), the original image.
+        queries: Queries to draw, one panel for each block and query.
+        recorder: Recorder that holds the call.
+        overview: RGB uint8 image of any size, drawn large on the left.
+        blocks: Names of the blocks to draw. Default: all recorded blocks.
+        num_arrows: Maximum number of arrows in a panel, to the keys of largest magnitude.
+        image_index: Index of the image in the batch.
+
+    Returns:
+        matplotlib figure, to be saved with `nonlocal_det.attention.save_figure`.
+
+    Raises:
+        KeyError: If a block was not recorded.
+        ValueError: If a query lies outside the image.
     """
-    blocks = recorder.recorded if blocks is None else list(blocks)
+    blocks = recorder.recorded_blocks if blocks is None else list(blocks)
     aspect = image.shape[1] / image.shape[0]
-    page = _Page(aspect, *_layout(len(looks), len(blocks), aspect))
+    layout = FigureLayout(aspect, *grid_shape(len(queries), len(blocks), aspect))
+    panels = chain.from_iterable(
+        _panels(image, queries, recorder, block, num_arrows, image_index) for block in blocks
+    )
+    signs = set()
     with matplotlib.rc_context(FIGURE_STYLE):
-        page.overview(overview, _title(looks))
-        signs = set()
-        drawn = chain.from_iterable(
-            _panels(image, looks, recorder, block, arrows, index) for block in blocks
-        )
-        for position, (look, values, picture) in enumerate(drawn):
-            signs.add(is_signed(values))
-            page.panel(position, picture, look.label, max_magnitude(values))
-        if len(blocks) > 1 and looks:
-            page.row_names([".".join(block.split(".")[-2:]) for block in blocks])
-        page.bars(signs)
-    return page.figure
+        layout.add_overview(overview, _title(queries))
+        for number, (query, weights, panel) in enumerate(panels):
+            signs.add(is_signed(weights))
+            layout.add_panel(number, panel, query.label, max_magnitude(weights))
+        if len(blocks) > 1 and queries:
+            layout.add_row_names([".".join(block.split(".")[-2:]) for block in blocks])
+        layout.add_color_bars(signs)
+    return layout.figure
 
 
-def _title(looks: Sequence[AttentionQuery]) -> str:
-    if not looks:
+def _title(queries: Sequence[AttentionQuery]) -> str:
+    if not queries:
         return "no detection"
-    return "detections" if looks[0].box is not None else "points"
+    return "detections" if queries[0].box is not None else "points"
 
 
 def _panels(
     image: np.ndarray,
-    looks: Sequence[AttentionQuery],
+    queries: Sequence[AttentionQuery],
     recorder: AttentionRecorder,
     block: str,
-    arrows: int,
-    index: int,
+    num_arrows: int,
+    image_index: int,
 ) -> Iterator[tuple[AttentionQuery, np.ndarray, np.ndarray]]:
-    """Each place with its weights in one block and the panel that shows them."""
+    """Each query with its attention weights in one block and its panel."""
     height, width = image.shape[:2]
-    for look, (values, grid) in zip(looks, query_rows(recorder, block, looks, index)):
-        heat = grid.spread(values[None], width, height)[0]
-        yield look, values, attention_panel(image, heat, look, grid.strongest(values, arrows))
+    rows = query_rows(recorder, block, queries, image_index)
+    for query, (weights, grid) in zip(queries, rows):
+        attn_map = grid.to_image(weights[None], width, height)[0]
+        panel = attention_panel(image, attn_map, query, grid.top_k(weights, num_arrows))
+        yield query, weights, panel
 
 
 def query_rows(
-    recorder: AttentionRecorder, block: str, looks: Sequence[AttentionQuery], index: int = 0
+    recorder: AttentionRecorder,
+    block: str,
+    queries: Sequence[AttentionQuery],
+    image_index: int = 0,
 ) -> list[tuple[np.ndarray, Grid]]:
-    """`AttentionRecorder.rows` for places with or without boxes."""
-    points = [look.point for look in looks]
-    boxed = looks and all(look.box is not None for look in looks)
-    boxes = [look.box for look in looks] if boxed else None
-    return recorder.rows(block, points, image=index, boxes=boxes)
+    """Compute `AttentionRecorder.attention_rows` for queries with or without boxes.
 
+    Args:
+        recorder: Recorder that holds the call.
+        block: Name of a recorded block.
+        queries: Queries; their boxes select the RoI of a block in a head if all have one.
+        image_index: Index of the image in the batch.
 
-def _layout(looks: int, blocks: int, aspect: float) -> tuple[int, int]:
-    """Columns and rows: a row for each block; for a single one a grid, or a list if they are long.
-
-    A grid is not higher than three.
+    Returns:
+        For each query the attention weights of the keys, shape (R, C), and their grid.
     """
-    if looks == 0 or blocks == 0:
-        return 0, 1
-    if blocks > 1:
-        return looks, blocks
-    if aspect * _PANEL > _WIDEST:
-        return 1, looks
-    rows = 1 if looks < 2 else 2 if looks <= 8 else 3
-    return -(-looks // rows), rows
-
-
-class _Page:
-    """A figure laid out in inches, from its top left corner.
-
-    The overview is as high as two rows of panels; the colour bars are to their right.
-    """
-
-    def __init__(self, aspect: float, columns: int, rows: int) -> None:
-        self._columns = columns
-        self._wide = min(_PANEL * max(aspect, 1.0), _WIDEST)
-        self._high = self._wide / aspect
-        self._height = rows * (self._high + _TITLE) + (rows - 1) * _GAP / 2
-        self._bars_high = max(self._height - _TITLE, self._high)
-        self._overview_high = min(self._bars_high, 2 * self._high + _TITLE)
-        self._left = self._overview_high * aspect + 3 * _GAP
-        self._width = self._left + columns * (self._wide + _GAP) + 0.65
-        self.figure = Figure(figsize=(self._width, self._height + _GAP), dpi=_DPI)
-
-    def _axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        total = self._height + _GAP
-        box = (x / self._width, 1 - (y + height) / total, width / self._width, height / total)
-        return self.figure.add_axes(box)
-
-    def _show(self, axes: Axes, image: np.ndarray, title: str) -> None:
-        axes.imshow(image, aspect="auto", interpolation="antialiased")
-        axes.set_axis_off()
-        axes.set_title(title, loc="left", pad=3, fontsize=7.5)
-
-    def overview(self, image: np.ndarray, title: str) -> None:
-        self._show(
-            self._axes(_GAP, _TITLE, self._left - 3 * _GAP, self._overview_high), image, title
-        )
-
-    def panel(self, position: int, image: np.ndarray, title: str, largest: float) -> None:
-        row, column = divmod(position, self._columns)
-        x = self._left + column * (self._wide + _GAP)
-        y = _TITLE + row * (self._high + _TITLE + _GAP / 2)
-        axes = self._axes(x, y, self._wide, self._high)
-        self._show(axes, image, title)
-        axes.set_title(f"max {largest:.2g}", loc="right", pad=3, fontsize=6, color="0.45")
-
-    def row_names(self, names: Sequence[str]) -> None:
-        for row, name in enumerate(names):
-            y = _TITLE + row * (self._high + _TITLE + _GAP / 2) + self._high / 2
-            at = ((self._left - 0.7 * _GAP) / self._width, 1 - y / (self._height + _GAP))
-            self.figure.text(
-                *at, name, rotation=90, ha="right", va="center", fontsize=6, color="0.45"
-            )
-
-    def bars(self, signs: set[bool]) -> None:
-        """A colour bar for each kind of map that is on the page."""
-        high = (self._bars_high - 2 * _GAP * (len(signs) - 1)) / max(len(signs), 1)
-        for number, signed in enumerate(sorted(signs)):
-            axes = self._axes(self._width - 0.62, _TITLE + number * (high + 2 * _GAP), _BAR, high)
-            scale = Normalize(-1 if signed else 0, 1)
-            colors = ScalarMappable(scale, DIVERGING if signed else SEQUENTIAL)
-            bar = self.figure.colorbar(
-                colors, cax=axes, ticks=[-1, 0, 1] if signed else [0, 0.5, 1]
-            )
-            bar.set_label("weight / max", fontsize=6, labelpad=2)
-            bar.outline.set_visible(False)
-            axes.tick_params(length=2, width=0.5, labelsize=6, pad=2)
+    points = [query.point for query in queries]
+    boxed = queries and all(query.box is not None for query in queries)
+    boxes = [query.box for query in queries] if boxed else None
+    return recorder.attention_rows(block, points, image_index=image_index, roi_boxes=boxes)

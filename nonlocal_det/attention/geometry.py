@@ -1,11 +1,14 @@
-"""From cells of a feature map to pixels of the original image, and back.
+"""Conversion between cells of a feature map and pixels of the original image.
 
-An image is resized, then padded to the right and bottom, then divided into cells by a network; or
-one region of it is divided into cells by RoI pooling. Either way the cells form a regular grid.
+An image is resized, padded on the right and at the bottom, and divided into cells by a network; or
+one RoI of it is divided into cells by RoI pooling. Either way the cells form a regular grid.
 
 Coordinates are continuous (x, y) in pixels of the original image: its top left corner is (0, 0),
-and the centre of its first pixel is (0.5, 0.5). Shapes: Q queries, H and W the image's height and
-width in pixels, R and C the rows and columns of a grid.
+and the center of its first pixel is (0.5, 0.5). Sizes are (width, height), unlike detectron2's
+``image_size``.
+
+Shape symbols: Q queries; H and W height and width of the original image in pixels; R and C rows and
+columns of a grid.
 """
 
 from __future__ import annotations
@@ -14,19 +17,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..utils.deprecation import renamed_arguments, renamed_method
+
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of equal size over an image, or over one region of it.
+    """Cells of equal size over an image, or over one RoI of it.
+
+    Lengths are in pixels of the original image and may be fractional.
 
     Attributes:
-        left: x of the first cell's left edge.
-        top: y of the first cell's top edge.
-        cell_width: in pixels of the original image, as all lengths here; rarely whole.
-        cell_height: likewise.
-        columns: number of cells that hold anything of the image, in a row.
-        rows: likewise, in a column.
-        bounds: (x0, y0, x1, y1) of what the cells show; the last ones may reach beyond.
+        left: x of the left edge of the first column.
+        top: y of the top edge of the first row.
+        cell_width: Width of a cell.
+        cell_height: Height of a cell.
+        columns: Number of columns that show any part of the image.
+        rows: Number of rows that show any part of the image.
+        bounds: Box (x0, y0, x1, y1) that the cells show; the last cells may extend beyond it.
     """
 
     left: float
@@ -38,10 +45,16 @@ class Grid:
     bounds: tuple[float, float, float, float]
 
     def cells_at(self, points: np.ndarray) -> np.ndarray:
-        """(Q, 2) points as (x, y) to the cells they lie in, (Q, 2) as (column, row).
+        """Find the cells that contain points.
+
+        Args:
+            points: Points (x, y), shape (Q, 2).
+
+        Returns:
+            Integer cells (column, row), shape (Q, 2).
 
         Raises:
-            ValueError: if a point lies outside ``bounds``.
+            ValueError: If a point lies outside `bounds`.
         """
         points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         x0, y0, x1, y1 = self.bounds
@@ -57,12 +70,16 @@ class Grid:
         return np.minimum(np.floor(cells).astype(np.int64), (self.columns - 1, self.rows - 1))
 
     def cells_in(self, box: np.ndarray) -> np.ndarray:
-        """The cells whose centres lie in a box (x0, y0, x1, y1), (Q, 2) as (column, row).
+        """Find the cells whose centers lie in a box, or else the cell at the center of the box.
 
-        A box without any takes the cell at its centre.
+        Args:
+            box: Box (x0, y0, x1, y1).
+
+        Returns:
+            Integer cells (column, row), shape (Q, 2).
 
         Raises:
-            ValueError: if that centre lies outside ``bounds``.
+            ValueError: If no cell center lies in the box and its center is outside `bounds`.
         """
         x0, y0, x1, y1 = box
         columns, rows = self.centers()
@@ -75,70 +92,89 @@ class Grid:
         return np.stack(np.meshgrid(*inside), axis=-1).reshape(-1, 2)
 
     def centers(self) -> tuple[np.ndarray, np.ndarray]:
-        """The x of each column's centre, (C,), and the y of each row's, (R,), within ``bounds``."""
-        x0, y0, x1, y1 = self.bounds
-        return (
-            _middles(self.left, self.cell_width, self.columns, x0, x1),
-            _middles(self.top, self.cell_height, self.rows, y0, y1),
-        )
-
-    def strongest(self, values: np.ndarray, k: int) -> list[tuple[float, float, float]]:
-        """The ``k`` largest of values (R, C) by magnitude, with their cells' centres, in order.
+        """Compute the centers of the visible part of each column and of each row.
 
         Returns:
-            (x, y, value) of each.
+            The x of each column's center, shape (C,), and the y of each row's, shape (R,).
+        """
+        x0, y0, x1, y1 = self.bounds
+        return (
+            _cell_centers(self.left, self.cell_width, self.columns, x0, x1),
+            _cell_centers(self.top, self.cell_height, self.rows, y0, y1),
+        )
+
+    def top_k(self, values: np.ndarray, k: int) -> list[tuple[float, float, float]]:
+        """Select the values of largest magnitude.
+
+        Args:
+            values: One value for each cell, shape (R, C).
+            k: Maximum number of values to select.
+
+        Returns:
+            Tuples (x, y, value), largest magnitude first; (x, y) is the center of the cell.
         """
         x, y = self.centers()
         order = np.argsort(-np.abs(values), axis=None, kind="stable")[:k]
         rows, columns = np.unravel_index(order, values.shape)
         return [(float(x[c]), float(y[r]), float(values[r, c])) for r, c in zip(rows, columns)]
 
-    def coarser(self, step: int) -> Grid:
-        """The grid of cells ``step`` times as wide and high, borders rounded up."""
+    @renamed_arguments(step="factor")
+    def downsampled(self, factor: int) -> Grid:
+        """The grid whose cells are ``factor`` times as wide and high, with partial cells kept."""
         return replace(
             self,
-            cell_width=self.cell_width * step,
-            cell_height=self.cell_height * step,
-            columns=-(-self.columns // step),
-            rows=-(-self.rows // step),
+            cell_width=self.cell_width * factor,
+            cell_height=self.cell_height * factor,
+            columns=-(-self.columns // factor),
+            rows=-(-self.rows // factor),
         )
 
-    def spread(
-        self, values: np.ndarray, width: int, height: int, smooth: bool = True
+    @renamed_arguments(smooth="interpolate")
+    def to_image(
+        self, values: np.ndarray, width: int, height: int, interpolate: bool = True
     ) -> np.ndarray:
-        """Values of the cells to values of the image's pixels.
+        """Upsample values of the cells to the pixels of the original image.
 
         Args:
-            values: (Q, R, C).
-            width: W.
-            height: H.
-            smooth: interpolate linearly between the cells' centres, where the values are kept; or
-                give all pixels of a cell its value.
+            values: Values of the cells, shape (Q, R, C).
+            width: Width W of the original image in pixels.
+            height: Height H of the original image in pixels.
+            interpolate: Interpolate bilinearly between the cell centers, where the values are
+                exact; if false, every pixel of a cell gets the value of the cell.
 
         Returns:
-            (Q, H, W) float32, NaN at pixels outside ``bounds``.
+            float32 array (Q, H, W), NaN at pixels whose centers lie outside `bounds`.
         """
         x0, y0, x1, y1 = self.bounds
-        across = _interpolation(self.left, self.cell_width, self.columns, width, x0, x1, smooth)
-        down = _interpolation(self.top, self.cell_height, self.rows, height, y0, y1, smooth)
+        across = _resampling_weights(
+            self.left, self.cell_width, self.columns, width, x0, x1, interpolate
+        )
+        down = _resampling_weights(
+            self.top, self.cell_height, self.rows, height, y0, y1, interpolate
+        )
         return down @ values.astype(np.float32) @ across.T
 
+    strongest = renamed_method("strongest", "top_k")
+    coarser = renamed_method("coarser", "downsampled")
+    spread = renamed_method("spread", "to_image")
 
-def _middles(start: float, cell: float, count: int, low: float, high: float) -> np.ndarray:
+
+def _cell_centers(start: float, cell: float, count: int, low: float, high: float) -> np.ndarray:
+    """Centers of the part of each cell that lies between ``low`` and ``high``, on one axis."""
     edges = np.clip(start + cell * np.arange(count + 1), low, high)
     return (edges[:-1] + edges[1:]) / 2
 
 
-def _interpolation(
-    start: float, cell: float, count: int, pixels: int, low: float, high: float, smooth: bool
+def _resampling_weights(
+    start: float, cell: float, count: int, pixels: int, low: float, high: float, interpolate: bool
 ) -> np.ndarray:
-    """(pixels, count): how much each cell of one axis counts at the centre of each pixel."""
+    """Weight of each cell of one axis at the center of each pixel, shape (pixels, count)."""
     centers = np.arange(pixels) + 0.5
-    # In cells; 0 is the centre of the first. Beyond the outermost centres their values continue.
-    place = np.clip((centers - start) / cell - 0.5, 0, count - 1)
-    if not smooth:
-        place = np.floor(place + 0.5)
-    distance = np.abs(place[:, None] - np.arange(count))
+    # In cells, 0 being the center of the first. Beyond the outermost centers values are constant.
+    position = np.clip((centers - start) / cell - 0.5, 0, count - 1)
+    if not interpolate:
+        position = np.floor(position + 0.5)
+    distance = np.abs(position[:, None] - np.arange(count))
     weights = np.maximum(1 - distance, 0).astype(np.float32)
     weights[(centers < low) | (centers > high)] = np.nan
     return weights
@@ -150,13 +186,13 @@ def image_grid(
     resized: tuple[int, int],
     original: tuple[int, int],
 ) -> Grid:
-    """The grid of a feature map over one image of a batch.
+    """Build the grid of a feature map over one image of a batch.
 
     Args:
-        feature: (width, height) of the feature map in cells, padding included, as all pairs here.
-        padded: of the batch, in pixels of the resized image.
-        resized: of this image before padding.
-        original: of this image before resizing.
+        feature: (width, height) of the feature map in cells, padding included.
+        padded: (width, height) of the padded batch in pixels.
+        resized: (width, height) of this image after resizing, before padding, in pixels.
+        original: (width, height) of this image before resizing, in pixels.
     """
     stride = _stride(feature, padded)
     cell = [stride * size / length for size, length in zip(original, resized)]
@@ -165,7 +201,7 @@ def image_grid(
 
 
 def _stride(feature: tuple[int, int], padded: tuple[int, int]) -> float:
-    """The step of the cells: the power of two that fits, for networks round up what they halve."""
+    """The stride of a feature map: a power of two if one fits, for networks halve and round up."""
     for stride in (2**power for power in range(10)):
         if all(-(-length // stride) == cells for length, cells in zip(padded, feature)):
             return stride
@@ -175,12 +211,12 @@ def _stride(feature: tuple[int, int], padded: tuple[int, int]) -> float:
 def roi_grid(
     feature: tuple[int, int], pooled: tuple[int, int], box: tuple[float, float, float, float]
 ) -> Grid:
-    """The grid of a feature map over one region.
+    """Build the grid of a head's feature map over one RoI.
 
     Args:
         feature: (width, height) of the feature map in cells.
-        pooled: of what RoI pooling gave, before any stride of the head.
-        box: the region, (x0, y0, x1, y1) in the original image.
+        pooled: (width, height) of the RoI pooling output in cells, before any stride of the head.
+        box: RoI box (x0, y0, x1, y1) in pixels of the original image.
     """
     stride = _stride(feature, pooled)
     x0, y0, x1, y1 = map(float, box)

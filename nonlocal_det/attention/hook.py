@@ -1,7 +1,8 @@
-"""During training: pictures of attention, and numbers that show a dead block early."""
+"""A training hook that writes attention maps and statistics to TensorBoard."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import detectron2.utils.comm as comm
@@ -13,90 +14,112 @@ from detectron2.data.detection_utils import read_image
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
 from detectron2.structures import BoxMode
+from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from ..layers.base import NonLocalBase
+from ..utils.deprecation import renamed_arguments
 from .figure import AttentionQuery, attention_panel
 from .recorder import AttentionRecorder
-from .statistics import measure
+from .statistics import attention_stats
+
+_TAGS = ("entropy", "att_distance", "residual_ratio")
 
 
 class AttentionHook(HookBase):
-    """Writes to TensorBoard, every so many iterations and after the last one.
+    """Writes attention to TensorBoard every ``period`` iterations and after the last one.
 
-    For each block, under its name: the ``entropy`` of its maps against uniform, the average
-    ``distance`` of the maps of different queries, the ``gain``, norm of what it adds over norm of
-    its input, and the ``output_weight``, the root mean square of its output weights (times that of
-    gamma, under a norm). A block whose gain and output weight stay near zero is dead; one whose
-    entropy is near one, or whose distance is near zero, does not look at anything in particular.
+    - Scalars of each block, averaged over the images: ``entropy``, ``att_distance`` and
+      ``residual_ratio``, which `nonlocal_det.attention.statistics` defines, and
+      ``output_weight_rms``. A block whose residual ratio and output weights stay near zero is dead;
+      one with an entropy near one, or an attention distance near zero, attends to nothing in
+      particular.
+    - For each image and each block outside of the heads, the attention map of the center of the
+      largest annotated object, the same point every time.
 
-    For each picture and each block of the whole picture, a map: of the centre of the largest
-    annotated object, so that the same point is seen at each time.
-
-    Training itself is not affected, to the bit. It costs one inference call with the pictures, and
-    64 rows of each block's weights in each, every ``period`` iterations, on the main process only.
+    Training is not affected, to the bit. Cost per write: one inference call for each image and 64
+    rows of each block's attention matrix, on the main process only.
 
     Args:
-        cfg: the model's configuration; pictures are the first ones of ``DATASETS.TEST``.
-        period: in iterations.
-        pictures: how many.
+        cfg: detectron2 config of the model; images are the first ones of ``DATASETS.TEST``.
+        period: Number of iterations between two writes.
+        num_images: Maximum number of images.
     """
 
-    def __init__(self, cfg: CfgNode, period: int, pictures: int = 3) -> None:
+    @renamed_arguments(pictures="num_images")
+    def __init__(self, cfg: CfgNode, period: int, num_images: int = 3) -> None:
         self._cfg = cfg
         self._period = period
-        self._count = pictures
-        self._pictures: list[tuple[dict[str, Any], np.ndarray, AttentionQuery]] = []
+        self._num_images = num_images
+        self._samples: list[tuple[dict[str, Any], np.ndarray, AttentionQuery]] = []
 
     def before_train(self) -> None:
-        """Read the pictures."""
+        """Read the images."""
         if not comm.is_main_process():
             return
-        # Resizing draws the one size there is at random: the trainer's own draws must not shift.
+        # Resizing samples from the only size there is; the trainer's random numbers must not shift.
         state = np.random.get_state()
         mapper = DatasetMapper(self._cfg, is_train=False)
-        for record in DatasetCatalog.get(self._cfg.DATASETS.TEST[0])[: self._count]:
-            image = read_image(record["file_name"], "RGB")
-            self._pictures.append((mapper(record), image, _look(record, image)))
+        for dataset_dict in DatasetCatalog.get(self._cfg.DATASETS.TEST[0])[: self._num_images]:
+            image = read_image(dataset_dict["file_name"], "RGB")
+            query = _largest_object_query(dataset_dict, image)
+            self._samples.append((mapper(dataset_dict), image, query))
         np.random.set_state(state)
 
     def after_step(self) -> None:
         """Write, if it is time."""
-        now = self.trainer.iter + 1
-        if self._pictures and (now % self._period == 0 or now == self.trainer.max_iter):
+        iteration = self.trainer.iter + 1
+        if self._samples and (iteration % self._period == 0 or iteration == self.trainer.max_iter):
             self._write()
 
     def _write(self) -> None:
-        # The model itself: inference in one process must not wait for the others.
+        # Without DistributedDataParallel: inference on one process must not wait for the others.
         model = getattr(self.trainer.model, "module", self.trainer.model)
         recorder, storage = AttentionRecorder(model), self.trainer.storage
-        numbers: dict[str, list[float]] = {}
-        for index, (entry, image, look) in enumerate(self._pictures):
+        scalars: dict[str, list[float]] = {}
+        for index, (model_input, image, query) in enumerate(self._samples):
             with torch.no_grad(), inference_context(model), recorder:
-                model([entry])
-            for block in recorder.recorded:
-                if recorder.regions(block) is None:
-                    heat = recorder.attention_maps(block, [look.point])[0]
-                    targets = recorder.strongest(block, look.point)
-                    drawn = attention_panel(image, heat, look, targets)
-                    storage.put_image(f"attention/{block}/{index}", drawn.transpose(2, 0, 1))
-                measured = measure(recorder, block)
-                if measured is not None:
-                    for name in ("entropy", "gain"):
-                        numbers.setdefault(f"{block}/{name}", []).append(getattr(measured, name))
-                    numbers.setdefault(f"{block}/distance", []).append(measured.maps)
-        for name in recorder.blocks:
-            numbers[f"{name}/output_weight"] = [output_weight(model.get_submodule(name))]
-        for name, values in numbers.items():
-            storage.put_scalar(f"attention/{name}", np.mean(values).item(), smoothing_hint=False)
+                model([model_input])
+            _write_panels(storage, recorder, image, query, index)
+            for tag, value in _statistics(recorder):
+                scalars.setdefault(tag, []).append(value)
+        for block in recorder.block_names:
+            scalars[f"{block}/output_weight_rms"] = [output_weight_rms(model.get_submodule(block))]
+        for tag, values in scalars.items():
+            storage.put_scalar(f"attention/{tag}", np.mean(values).item(), smoothing_hint=False)
 
 
-def _look(record: dict[str, Any], image: np.ndarray) -> AttentionQuery:
-    """The centre of the largest object; or of the picture, if it has none."""
+def _write_panels(
+    storage: EventStorage,
+    recorder: AttentionRecorder,
+    image: np.ndarray,
+    query: AttentionQuery,
+    index: int,
+) -> None:
+    """Write the attention map of each recorded block outside of the heads."""
+    for block in recorder.recorded_blocks:
+        if recorder.roi_boxes(block) is None:
+            attn_map = recorder.attention_maps(block, [query.point])[0]
+            top_keys = recorder.top_k(block, query.point)
+            panel = attention_panel(image, attn_map, query, top_keys)
+            storage.put_image(f"attention/{block}/{index}", panel.transpose(2, 0, 1))
+
+
+def _statistics(recorder: AttentionRecorder) -> Iterator[tuple[str, float]]:
+    """The tag, without its prefix, and the value of each statistic of the recorded blocks."""
+    for block in recorder.recorded_blocks:
+        stats = attention_stats(recorder, block)
+        if stats is not None:
+            for name in _TAGS:
+                yield f"{block}/{name}", getattr(stats, name)
+
+
+def _largest_object_query(dataset_dict: dict[str, Any], image: np.ndarray) -> AttentionQuery:
+    """The center of the largest annotated object, or else of the image."""
     height, width = image.shape[:2]
     boxes = [
         BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        for annotation in record.get("annotations", ())
+        for annotation in dataset_dict.get("annotations", ())
     ]
     if not boxes:
         return AttentionQuery((width / 2, height / 2))
@@ -104,13 +127,15 @@ def _look(record: dict[str, Any], image: np.ndarray) -> AttentionQuery:
     return AttentionQuery(((x0 + x1) / 2, (y0 + y1) / 2), box=(x0, y0, x1, y1))
 
 
-def output_weight(block: NonLocalBase) -> float:
-    """The size of the weights that decide what a block adds; 0 for a new one."""
+def output_weight_rms(block: NonLocalBase) -> float:
+    """Compute the root mean square of the weights of a block's output projection.
+
+    It is multiplied by that of the scale (gamma) of the norm that follows, if any, and is 0 for a
+    freshly initialized block.
+    """
     gamma = getattr(block.norm, "weight", None)
-    return _root_mean_square(block.out.weight) * (
-        1.0 if gamma is None else _root_mean_square(gamma)
-    )
+    return _rms(block.out.weight) * (1.0 if gamma is None else _rms(gamma))
 
 
-def _root_mean_square(weight: Tensor) -> float:
+def _rms(weight: Tensor) -> float:
     return weight.detach().float().square().mean().sqrt().item()

@@ -1,4 +1,4 @@
-"""Pictures and videos from files, whatever kind they are, as RGB uint8 arrays (H, W, 3)."""
+"""Reading images and videos of any common format as RGB uint8 arrays (H, W, 3)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
 def expand_inputs(inputs: Iterable[str]) -> list[str]:
-    """The files that paths, folders and patterns stand for; a folder gives its images and videos.
+    """Expand folders and glob patterns to files.
 
-    A path that does not exist stays, for whoever opens it to say so.
+    Args:
+        inputs: Paths of files, folders and glob patterns; a folder yields its images and videos.
+
+    Returns:
+        Paths without duplicates. Paths that do not exist are kept, so that reading them reports
+        the error.
     """
     found: list[str] = []
     for path in map(os.path.expanduser, inputs):
@@ -34,19 +39,25 @@ def expand_inputs(inputs: Iterable[str]) -> list[str]:
 
 
 def is_video(path: str) -> bool:
-    """Whether a file's name ends as videos' do."""
+    """Whether the file extension is that of a video."""
     return path.lower().endswith(VIDEOS)
 
 
 def read_image_rgb(path: str) -> np.ndarray:
-    """An image file as it is meant to be seen.
+    """Read an image file as a viewer shows it.
 
-    It is turned as its EXIF data say; what is transparent is laid on white; grey becomes RGB; more
-    than 8 bits become 8.
+    The image is rotated by its EXIF orientation, transparency is composited on white, grayscale is
+    converted to RGB, and more than 8 bits per channel are reduced to 8.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        RGB uint8 image (H, W, 3).
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no image, or a broken one.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not an image, or is corrupt.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no file {path!r}.")
@@ -54,7 +65,7 @@ def read_image_rgb(path: str) -> np.ndarray:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             image.load()
-    # Pillow raises errors of many kinds for broken files.
+    # Pillow raises errors of many types for corrupt files.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path!r} cannot be read as an image: {error}") from error
     return _as_rgb(image)
@@ -62,26 +73,33 @@ def read_image_rgb(path: str) -> np.ndarray:
 
 def _as_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
-        return _grey(np.asarray(image) / 257)
+        return _gray(np.asarray(image) / 257)
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image))
-        return _grey(values * (255 / max(values.max(), 1e-12)))
+        return _gray(values * (255 / max(values.max(), 1e-12)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
+def _gray(values: np.ndarray) -> np.ndarray:
     return np.repeat(np.clip(values + 0.5, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def read_video(path: str) -> tuple[Iterator[np.ndarray], float]:
-    """The frames of a video, read one by one, and how many there are in a second.
+    """Open a video file.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Iterator over the frames, RGB uint8 images (H, W, 3) read one by one, and the frame rate in
+        frames per second.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no video.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a video.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no file {path!r}.")
@@ -101,20 +119,29 @@ def _frames(video: cv2.VideoCapture, frame: np.ndarray) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def video_writer(path: str, rate: float) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that adds a frame to an MP4 file; the first frame sets its size.
+def video_writer(path: str, frame_rate: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write an MP4 file frame by frame.
+
+    Args:
+        path: Path of the file.
+        frame_rate: Frames per second.
+
+    Yields:
+        Function that appends a frame, an RGB uint8 image (H, W, 3); all frames must have the size
+        of the first one.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: If the file cannot be written.
     """
     writers: list[cv2.VideoWriter] = []
 
     def write(frame: np.ndarray) -> None:
-        # Codecs take even sizes only.
+        # Video codecs require an even width and height.
         frame = frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]
         if not writers:
             size = (frame.shape[1], frame.shape[0])
-            writers.append(cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), rate, size))
+            codec = cv2.VideoWriter_fourcc(*"mp4v")
+            writers.append(cv2.VideoWriter(path, codec, frame_rate, size))
             if not writers[0].isOpened():
                 raise OSError(f"The video {path!r} cannot be written.")
         writers[0].write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))

@@ -1,19 +1,21 @@
-"""Record an ordinary inference call, then ask which positions any point of a picture looked at.
+"""Record an inference call, then compute the attention of any point of an image.
 
     with AttentionRecorder(model) as recorder:
         outputs = model(inputs)
-    heat = recorder.attention_maps("backbone.bottom_up.res4.nl4", [(320, 200)])[0]
+    attn_map = recorder.attention_maps("backbone.bottom_up.res4.nl4", [(320, 200)])[0]
 
-Inside the context each block's input is kept, by reference; nothing is computed. The weights are
-computed when asked for, and only the rows asked for. Outside the context nothing is attached to the
-model.
+Inside the context the input of each block is kept, by reference; nothing is computed. Attention
+weights are computed on request, and only the requested rows of the attention matrix. Outside the
+context nothing is attached to the model.
 
-Coordinates are continuous (x, y) in pixels of the original images; see ``geometry``.
+Coordinates are continuous (x, y) in pixels of the original images; see
+``nonlocal_det.attention.geometry``.
+Shape symbols: Q queries; H and W height and width of the original image; R and C rows and columns
+of the grid of keys; N RoIs of an image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Optional
 
 import numpy as np
@@ -21,48 +23,25 @@ import torch
 import torch.nn as nn
 from detectron2.modeling import Backbone
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..layers.base import NonLocalBase
-from .geometry import Grid, image_grid, roi_grid
+from ..utils.deprecation import renamed_arguments, renamed_method, renamed_property
+from .geometry import Grid
+from .recorded_call import BlockCall, ImageSize, PooledRoIs, RecordedCall, size_of
+from .rois import as_points_or_boxes, best_overlapping_roi, smallest_roi_around
 
 # Rows computed at a time, so that the average over a large box fits in memory.
 _CHUNK = 256
 
 
-@dataclass(frozen=True)
-class _ImageSize:
-    """(width, height) of one image of the call, before resizing and after it."""
-
-    original: tuple[int, int]
-    resized: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _RoIs:
-    """What RoI pooling cut out: (R, 4) of each resized image, to (width, height) cells each."""
-
-    boxes: list[np.ndarray]
-    pooled: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a block was called with; ``regions`` is None outside of heads."""
-
-    x: Tensor
-    mask: Optional[Tensor]
-    regions: Optional[_RoIs]
-
-
 class AttentionRecorder:
-    """A context in which the calls of a model are recorded, each in place of the one before.
+    """A context in which the calls of a model are recorded; each call replaces the previous one.
 
     Args:
-        model: a detectron2 model, called with its list of dicts; or any network with blocks,
-            called with a tensor (B, 3, H, W).
+        model: A detectron2 model, called with its list of dicts; or any network with non-local
+            blocks, called with a tensor (B, 3, H, W).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,7 +52,7 @@ class AttentionRecorder:
             if isinstance(module, NonLocalBase) and module.dims == 2
         }
         self._handles: list[RemovableHandle] = []
-        self._start([])
+        self._call = RecordedCall([])
 
     def __enter__(self) -> AttentionRecorder:
         modules = list(self._model.modules())
@@ -94,270 +73,254 @@ class AttentionRecorder:
     def _attach(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_pre_hook(hook))
 
-    def _start(self, pictures: list[_ImageSize]) -> None:
-        self._pictures = pictures
-        self._padded = (0, 0)
-        self._regions: Optional[_RoIs] = None
-        self._calls: dict[str, _Call] = {}
-
     def _on_model(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs = args[0]
-        if isinstance(inputs, Tensor):
-            self._start([_ImageSize(_size(inputs), _size(inputs)) for _ in inputs])
-            self._padded = _size(inputs)
-        else:
-            self._start([_image_size_of(entry) for entry in inputs])
+        images = args[0]
+        self._call = RecordedCall([ImageSize.from_input(image) for image in images])
+        if isinstance(images, Tensor):
+            self._call.padded = size_of(images)
 
     def _on_backbone(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._padded = _size(args[0])
+        self._call.padded = size_of(args[0])
 
     def _on_pooler(self, pooler: ROIPooler, args: tuple[Any, ...]) -> None:
-        # Copies: detectron2's post-processing scales the boxes of the detections in place.
-        boxes = [boxes.tensor.detach().cpu().numpy().copy() for boxes in args[1]]
-        self._regions = _RoIs(boxes, tuple(pooler.output_size[::-1]))
+        self._call.rois = PooledRoIs.from_pooler(pooler, args[1])
 
     def _on_block(self, name: str, x: Tensor, mask: Optional[Tensor] = None) -> None:
-        # What runs after a pooler runs on its regions, until the next call of the model.
+        # A block called after a pooler runs on its RoIs, until the next call of the model.
         mask = self._blocks[name].resolve_mask(x, mask)
-        self._calls[name] = _Call(x.detach(), mask, self._regions)
+        self._call.block_calls[name] = BlockCall(x.detach(), mask, self._call.rois)
 
     @property
-    def blocks(self) -> list[str]:
-        """The names of the model's blocks, in its order."""
+    def block_names(self) -> list[str]:
+        """Names of the model's non-local blocks, in the order of its modules."""
         return list(self._blocks)
 
     @property
-    def recorded(self) -> list[str]:
-        """Those of ``blocks`` that the latest call reached."""
-        return [name for name in self._blocks if name in self._calls]
+    def recorded_blocks(self) -> list[str]:
+        """Names of the blocks that ran in the latest call, a subset of `block_names`."""
+        return [name for name in self._blocks if name in self._call.block_calls]
 
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of each image of the latest call."""
-        return [picture.original for picture in self._pictures]
-
+    @renamed_arguments(
+        places="queries", image="image_index", boxes="roi_boxes", smooth="interpolate"
+    )
     def attention_maps(
         self,
         block: str,
-        places: Any,
+        queries: Any,
         *,
-        image: int = 0,
-        boxes: Optional[Any] = None,
-        smooth: bool = True,
+        image_index: int = 0,
+        roi_boxes: Optional[Any] = None,
+        interpolate: bool = True,
     ) -> np.ndarray:
-        """What chosen places look at, as maps over the original image.
+        """Compute the attention maps of queries, over the original image.
 
-        The value at a cell's centre is the weight that the block gives to this cell. Weights are
-        per cell, not per pixel, and what the block gives to padding is not on the map.
+        The value at the center of a cell is the attention weight of that cell: weights are per
+        cell, not per pixel. Weights of padding are not on the map.
 
         Args:
-            block: one of ``blocks``.
-            places: (Q, 2) points (x, y), or (Q, 4) boxes (x0, y0, x1, y1), whose cells' weights are
-                averaged.
-            image: index in the batch.
-            boxes: (Q, 4), for a block in a head, which looks at one region: of which detection. By
-                default the smallest region around each place. Other blocks need none.
-            smooth: interpolate between the centres of cells; or show the cells.
+            block: Name of a recorded block.
+            queries: Points (x, y), shape (Q, 2), or boxes (x0, y0, x1, y1), shape (Q, 4), in
+                pixels of the original image; the weights of the cells of a box are averaged.
+            image_index: Index of the image in the batch.
+            roi_boxes: Boxes of the queries' detections, shape (Q, 4), for a block in a head, which
+                attends to one RoI at a time; other blocks ignore them. Default: the smallest RoI
+                around each query.
+            interpolate: Interpolate between the centers of cells instead of showing the cells.
 
         Returns:
-            (Q, H, W) float32; NaN outside the region for a block in a head.
+            float32 array (Q, H, W); for a block in a head NaN outside the RoI.
 
         Raises:
-            KeyError: if the call did not reach such a block, with those it reached.
-            ValueError: for a place outside the image, or outside every region.
+            KeyError: If the block was not recorded; the message lists the recorded ones.
+            IndexError: If the batch has no such image.
+            ValueError: If a query lies outside the image, or outside every RoI.
         """
-        rows = self.rows(block, places, image=image, boxes=boxes)
-        width, height = self._image_size_of(image).original
-        maps = [grid.spread(values[None], width, height, smooth) for values, grid in rows]
+        rows = self.attention_rows(block, queries, image_index=image_index, roi_boxes=roi_boxes)
+        width, height = self._call.image_size(image_index).original
+        maps = [grid.to_image(weights[None], width, height, interpolate) for weights, grid in rows]
         return np.concatenate(maps) if maps else np.zeros((0, height, width), np.float32)
 
-    def strongest(
-        self, block: str, place: Any, k: int = 10, *, image: int = 0, box: Optional[Any] = None
+    @renamed_arguments(place="query", image="image_index", box="roi_box")
+    def top_k(
+        self,
+        block: str,
+        query: Any,
+        k: int = 10,
+        *,
+        image_index: int = 0,
+        roi_box: Optional[Any] = None,
     ) -> list[tuple[float, float, float]]:
-        """The ``k`` positions that one place gives the largest weights, by magnitude.
+        """Find the keys with the largest attention weights, by magnitude, for one query.
 
-        Arguments are those of `attention_maps`, for one place.
-
-        Returns:
-            (x, y, weight), the strongest first; (x, y) is the centre of the cell.
-        """
-        values, grid = self.rows(block, place, image=image, boxes=box)[0]
-        return grid.strongest(values, k)
-
-    def rows(
-        self, block: str, places: Any, *, image: int = 0, boxes: Optional[Any] = None
-    ) -> list[tuple[np.ndarray, Grid]]:
-        """For each place the weights (R, C) of the keys, without interpolation, and their grid.
-
-        Arguments and errors are those of `attention_maps`.
-        """
-        places = _rows_of_numbers(places)
-        if self._call(block).regions is None and places.shape[1] == 2:
-            cells = self.grid(block, image=image).cells_at(places)
-            values, keys = self.weights(block, cells, image=image)
-            return [(row, keys) for row in values]
-        chosen = [None] * len(places) if boxes is None else _rows_of_numbers(boxes)
-        return [
-            self._row(block, place, image, self.region(block, place, image=image, box=box))
-            for place, box in zip(places, chosen)
-        ]
-
-    def _row(
-        self, block: str, place: np.ndarray, image: int, region: Optional[int]
-    ) -> tuple[np.ndarray, Grid]:
-        grid = self.grid(block, image=image, region=region)
-        cells = grid.cells_at(place) if len(place) == 2 else grid.cells_in(place)
-        total: Any = 0.0
-        for start in range(0, len(cells), _CHUNK):
-            chunk = cells[start : start + _CHUNK]
-            values, keys = self.weights(block, chunk, image=image, region=region)
-            total = total + values.sum(axis=0)
-        return total / len(cells), keys
-
-    def regions(self, block: str, *, image: int = 0) -> Optional[np.ndarray]:
-        """The boxes (R, 4) of the regions that a block in a head ran on; None for other blocks."""
-        call, picture = self._call(block), self._image_size_of(image)
-        if call.regions is None:
-            return None
-        scale = np.divide(picture.original, picture.resized)
-        return call.regions.boxes[image] * np.tile(scale, 2)
-
-    def grid(self, block: str, *, image: int = 0, region: Optional[int] = None) -> Grid:
-        """The cells that ask: of the image, or of one of the `regions`."""
-        call, picture = self._call(block), self._image_size_of(image)
-        feature = _size(call.x)
-        if call.regions is None:
-            return image_grid(feature, self._padded, picture.resized, picture.original)
-        if region is None:
-            raise ValueError(f"{block} runs on regions of the image; say which.")
-        box = self.regions(block, image=image)[region]
-        return roi_grid(feature, call.regions.pooled, box)
-
-    def weights(
-        self, block: str, cells: np.ndarray, *, image: int = 0, region: Optional[int] = None
-    ) -> tuple[np.ndarray, Grid]:
-        """The weights as the block has them, without interpolation.
+        The errors are those of `attention_maps`.
 
         Args:
-            block: one of ``blocks``.
-            cells: (Q, 2) integers (column, row) of `grid`, the cells that ask.
-            image: index in the batch.
-            region: index in `regions`, for a block in a head.
+            block: Name of a recorded block.
+            query: Point (x, y), or box (x0, y0, x1, y1), in pixels of the original image.
+            k: Maximum number of keys.
+            image_index: Index of the image in the batch.
+            roi_box: Box of the query's detection, for a block in a head.
 
         Returns:
-            (Q, R, C) and the grid of these R x C keys, without padding.
+            Tuples (x, y, weight), largest magnitude first; (x, y) is the center of the key's cell.
         """
-        grid = self.grid(block, image=image, region=region)
-        module, x, mask = self._input(block, image, region)
+        [(weights, grid)] = self.attention_rows(
+            block, query, image_index=image_index, roi_boxes=roi_box
+        )
+        return grid.top_k(weights, k)
+
+    @renamed_arguments(places="queries", image="image_index", boxes="roi_boxes")
+    def attention_rows(
+        self,
+        block: str,
+        queries: Any,
+        *,
+        image_index: int = 0,
+        roi_boxes: Optional[Any] = None,
+    ) -> list[tuple[np.ndarray, Grid]]:
+        """Compute rows of the attention matrix, without interpolation.
+
+        The arguments and errors are those of `attention_maps`.
+
+        Returns:
+            For each query the attention weights of the keys, shape (R, C), and their grid.
+        """
+        queries = as_points_or_boxes(queries)
+        if self._call.block_call(block).rois is None and queries.shape[1] == 2:
+            cells = self.grid(block, image_index=image_index).cells_at(queries)
+            weights, keys = self.attention_weights(block, cells, image_index=image_index)
+            return [(row, keys) for row in weights]
+        boxes = [None] * len(queries) if roi_boxes is None else as_points_or_boxes(roi_boxes)
+        rows = []
+        for query, box in zip(queries, boxes):
+            roi_index = self.roi_index(block, query, image_index=image_index, roi_box=box)
+            rows.append(self._mean_row(block, query, image_index, roi_index))
+        return rows
+
+    def _mean_row(
+        self, block: str, query: np.ndarray, image_index: int, roi_index: Optional[int]
+    ) -> tuple[np.ndarray, Grid]:
+        """The mean of the rows of the cells of a point or box, and the grid of the keys."""
+        at = {"image_index": image_index, "roi_index": roi_index}
+        grid = self.grid(block, **at)
+        cells = grid.cells_at(query) if len(query) == 2 else grid.cells_in(query)
+        total: Any = 0.0
+        for start in range(0, len(cells), _CHUNK):
+            weights, keys = self.attention_weights(block, cells[start : start + _CHUNK], **at)
+            total = total + weights.sum(axis=0)
+        return total / len(cells), keys
+
+    @renamed_arguments(image="image_index")
+    def roi_boxes(self, block: str, *, image_index: int = 0) -> Optional[np.ndarray]:
+        """The RoIs that a block in a head ran on.
+
+        Args:
+            block: Name of a recorded block.
+            image_index: Index of the image in the batch.
+
+        Returns:
+            Boxes (x0, y0, x1, y1) in pixels of the original image, shape (N, 4); None for a block
+            that runs on the whole image.
+        """
+        return self._call.roi_boxes(block, image_index)
+
+    @renamed_arguments(place="query", image="image_index", box="roi_box")
+    def roi_index(
+        self, block: str, query: Any, *, image_index: int = 0, roi_box: Optional[Any] = None
+    ) -> Optional[int]:
+        """The index in `roi_boxes` of the RoI that a query belongs to.
+
+        The arguments are those of `top_k`.
+
+        Returns:
+            The RoI that overlaps ``roi_box`` most, or else the smallest one around the query; None
+            for a block that runs on the whole image.
+
+        Raises:
+            ValueError: If the query belongs to no RoI.
+        """
+        rois = self.roi_boxes(block, image_index=image_index)
+        if rois is None:
+            return None
+        if roi_box is None:
+            return smallest_roi_around(rois, as_points_or_boxes(query)[0])
+        return best_overlapping_roi(rois, as_points_or_boxes(roi_box)[0])
+
+    @renamed_arguments(image="image_index", region="roi_index")
+    def grid(self, block: str, *, image_index: int = 0, roi_index: Optional[int] = None) -> Grid:
+        """The grid of a block's queries, over the image or over one of its RoIs.
+
+        Args:
+            block: Name of a recorded block.
+            image_index: Index of the image in the batch.
+            roi_index: Index in `roi_boxes`, for a block in a head.
+
+        Raises:
+            ValueError: If the block is in a head and ``roi_index`` is not given.
+        """
+        return self._call.grid(block, image_index, roi_index)
+
+    @renamed_arguments(image="image_index", region="roi_index")
+    def attention_weights(
+        self,
+        block: str,
+        cells: np.ndarray,
+        *,
+        image_index: int = 0,
+        roi_index: Optional[int] = None,
+    ) -> tuple[np.ndarray, Grid]:
+        """Compute the attention weights of query cells, without interpolation.
+
+        Args:
+            block: Name of a recorded block.
+            cells: Integer query cells (column, row) of `grid`, shape (Q, 2).
+            image_index: Index of the image in the batch.
+            roi_index: Index in `roi_boxes`, for a block in a head.
+
+        Returns:
+            Attention weights (Q, R, C), and the grid of these keys, without padding.
+        """
+        grid = self.grid(block, image_index=image_index, roi_index=roi_index)
+        module = self._blocks[block]
+        x, mask = self._call.block_call(block).batch_of_one(image_index, roi_index)
         queries = torch.as_tensor(cells[:, 1] * x.shape[3] + cells[:, 0], device=x.device)
         with torch.no_grad():
             rows = module.attention_weights(x, queries, mask)[0]
-        keys = grid.coarser(getattr(module, "stride", 1))
+        keys = grid.downsampled(getattr(module, "stride", 1))
         return rows[:, : keys.rows, : keys.columns].float().cpu().numpy(), keys
 
-    def features(
-        self, block: str, cells: np.ndarray, *, image: int = 0, region: Optional[int] = None
+    @renamed_arguments(image="image_index", region="roi_index")
+    def input_and_residual(
+        self,
+        block: str,
+        cells: np.ndarray,
+        *,
+        image_index: int = 0,
+        roi_index: Optional[int] = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What chosen cells hold before the block, and what it adds to them; (Q, C) each.
+        """Run a block again, in evaluation mode, and return its input and residual at some cells.
 
-        Arguments are those of `weights`. The block runs again, in evaluation mode.
+        The arguments are those of `attention_weights`.
+
+        Returns:
+            The block's input, and the residual that it adds to it; shape (Q, channels) each.
         """
-        module, x, mask = self._input(block, image, region)
+        module = self._blocks[block]
+        x, mask = self._call.block_call(block).batch_of_one(image_index, roi_index)
         training = module.training
         with torch.no_grad():
-            # Not as a call: that would be recorded.
-            added = module.eval().forward(x, mask) - x
+            # forward() instead of a call, which would be recorded.
+            residual = module.eval().forward(x, mask) - x
         module.train(training)
         rows, columns = torch.as_tensor(cells[:, ::-1].copy(), device=x.device).T
-        before, after = (t[0, :, rows, columns].T.float().cpu().numpy() for t in (x, added))
-        return before, after
+        return tuple(t[0, :, rows, columns].T.float().cpu().numpy() for t in (x, residual))
 
-    def _input(
-        self, block: str, image: int, region: Optional[int]
-    ) -> tuple[NonLocalBase, Tensor, Optional[Tensor]]:
-        """The block, and its input and mask for one image or region, as a batch of one."""
-        call = self._call(block)
-        index = image
-        if call.regions is not None:
-            index = region + sum(map(len, call.regions.boxes[:image]))
-        mask = None if call.mask is None else call.mask[index : index + 1]
-        return self._blocks[block], call.x[index : index + 1], mask
-
-    def region(
-        self, block: str, place: Any, *, image: int = 0, box: Optional[Any] = None
-    ) -> Optional[int]:
-        """Which of the `regions` a place belongs to; None for a block that sees the whole image.
-
-        Arguments are those of `attention_maps`, for one place.
-
-        Raises:
-            ValueError: if it belongs to none.
-        """
-        regions = self.regions(block, image=image)
-        if regions is None:
-            return None
-        if box is None:
-            return _region_around(regions, _rows_of_numbers(place)[0])
-        return _region_like(regions, _rows_of_numbers(box)[0])
-
-    def _image_size_of(self, image: int) -> _ImageSize:
-        if not 0 <= image < len(self._pictures):
-            raise IndexError(
-                f"There is no image {image}: the recorded call has {len(self._pictures)}."
-            )
-        return self._pictures[image]
-
-    def _call(self, block: str) -> _Call:
-        if block not in self._calls:
-            reached = ", ".join(self._calls) or "none; call the model inside the context"
-            raise KeyError(f"No block {block!r} was recorded. Recorded: {reached}.")
-        return self._calls[block]
-
-
-def _size(x: Tensor) -> tuple[int, int]:
-    """(width, height) of (..., H, W)."""
-    return int(x.shape[-1]), int(x.shape[-2])
-
-
-def _image_size_of(entry: dict[str, Any]) -> _ImageSize:
-    """From an entry of detectron2's batch: the image is resized, height and width are original."""
-    width, height = resized = _size(entry["image"])
-    return _ImageSize((int(entry.get("width", width)), int(entry.get("height", height))), resized)
-
-
-def _rows_of_numbers(places: Any) -> np.ndarray:
-    """Points or boxes, one or several, to (Q, 2) or (Q, 4)."""
-    if isinstance(places, Boxes):
-        places = places.tensor
-    if isinstance(places, Tensor):
-        places = places.detach().cpu().numpy()
-    array = np.atleast_2d(np.asarray(places, dtype=np.float64))
-    if array.size and (array.ndim != 2 or array.shape[1] not in (2, 4)):
-        raise ValueError(
-            f"Places have the shape {list(array.shape)}; they must be (Q, 2) points (x, y) or "
-            f"(Q, 4) boxes (x0, y0, x1, y1)."
-        )
-    return array if array.size else array.reshape(0, 2)
-
-
-def _region_around(regions: np.ndarray, place: np.ndarray) -> int:
-    """The index of the smallest region around a point, or around a box's centre."""
-    x, y = place if len(place) == 2 else (place[:2] + place[2:]) / 2
-    x0, y0, x1, y1 = regions.T
-    area = np.where((x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1), (x1 - x0) * (y1 - y0), np.inf)
-    if not np.isfinite(area).any():
-        raise ValueError(f"No region of the recorded call holds the point ({x:g}, {y:g}).")
-    return int(area.argmin())
-
-
-def _region_like(regions: np.ndarray, box: np.ndarray) -> int:
-    """The index of the region with the largest overlap with a box, as intersection over union."""
-    corners = np.minimum(regions[:, 2:], box[2:]) - np.maximum(regions[:, :2], box[:2])
-    shared = np.clip(corners, 0, None).prod(axis=1)
-    sizes = (regions[:, 2:] - regions[:, :2]).prod(axis=1)
-    overlap = shared / np.maximum(sizes + (box[2:] - box[:2]).prod() - shared, 1e-9)
-    if not (overlap > 0).any():
-        raise ValueError(
-            f"No region of the recorded call overlaps the box {box.round(1).tolist()}."
-        )
-    return int(overlap.argmax())
+    blocks = renamed_property("blocks", "block_names")
+    recorded = renamed_property("recorded", "recorded_blocks")
+    attention = renamed_method("attention", "attention_maps")
+    strongest = renamed_method("strongest", "top_k")
+    rows = renamed_method("rows", "attention_rows")
+    weights = renamed_method("weights", "attention_weights")
+    regions = renamed_method("regions", "roi_boxes")
+    region = renamed_method("region", "roi_index")
+    features = renamed_method("features", "input_and_residual")

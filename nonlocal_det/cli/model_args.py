@@ -1,4 +1,4 @@
-"""What the command lines that look at attention share: which model, and where to write."""
+"""Arguments shared by the attention commands: the model and the output folder."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ _DEMO_WEIGHTS = os.path.join(_PROJECT, "output", "demo", "model_final.pth")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model, and the output folder."""
-    parser.add_argument("--config-file", help="of the model; by default the demo's")
-    parser.add_argument("--weights", help="checkpoint; by default MODEL.WEIGHTS, or the demo's")
-    parser.add_argument("--output", required=True, help="folder for what is written")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, help="configuration, at the end: KEY VALUE ..."
-    )
+    """Add the options that select the model, and the output folder."""
+    add = parser.add_argument
+    add("--config-file", help="config file of the model (default: the demo's config)")
+    add("--weights", help="checkpoint (default: MODEL.WEIGHTS of the config, or the demo's)")
+    add("--output", required=True, help="output folder")
+    add("opts", nargs=argparse.REMAINDER, help="config options at the end: KEY VALUE ...")
 
 
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
-    """The configuration with its weights, on a device that there is.
+    """Create the config of the model, with its weights, on an available device.
+
+    Args:
+        args: Parsed options of `add_model_arguments`.
+
+    Returns:
+        detectron2 config with ``MODEL.WEIGHTS`` and ``MODEL.DEVICE``.
 
     Raises:
-        FileNotFoundError: if there is no such configuration, or there are no such weights.
-        ValueError: if the configuration is wrong or has no blocks.
+        FileNotFoundError: If the config file or the checkpoint does not exist.
+        ValueError: If the config is invalid or has no non-local blocks.
     """
     cfg = load_config(args.config_file or _DEMO_CONFIG, args.opts)
     weights = args.weights or cfg.MODEL.WEIGHTS
@@ -39,13 +44,11 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         weights = _DEMO_WEIGHTS
         if not os.path.isfile(weights):
             raise FileNotFoundError(
-                f"There is no {os.path.relpath(weights)}: run tools/demo.py first, or name a model "
-                f"with --config-file and --weights."
+                f"There is no {os.path.relpath(weights)}: run tools/demo.py first, or select a "
+                f"model with --config-file and --weights."
             )
     if not cfg.MODEL.NONLOCAL.POSITIONS:
-        raise ValueError(
-            "The model has no non-local blocks to look at: MODEL.NONLOCAL.POSITIONS is empty."
-        )
+        raise ValueError("The model has no non-local blocks (MODEL.NONLOCAL.POSITIONS is empty).")
     cfg.MODEL.WEIGHTS = weights
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

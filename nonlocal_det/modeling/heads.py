@@ -33,7 +33,7 @@ class _TakesBlocks:
     head has initialised itself: the keypoint head fills everything that is named weight.
     """
 
-    place: ClassVar[str]
+    target: ClassVar[str]
     counted: ClassVar[str]
 
     @configurable
@@ -65,7 +65,7 @@ class _TakesBlocks:
 class NonLocalFastRCNNConvFCHead(_TakesBlocks, FastRCNNConvFCHead):
     """The box head; ``box_head[k]`` is after its k-th convolution, of which there must be some."""
 
-    place = "box_head"
+    target = "box_head"
     counted = r"conv\d+"
 
 
@@ -73,7 +73,7 @@ class NonLocalFastRCNNConvFCHead(_TakesBlocks, FastRCNNConvFCHead):
 class NonLocalMaskRCNNConvUpsampleHead(_TakesBlocks, MaskRCNNConvUpsampleHead):
     """The mask head; ``mask_head[k]`` is after its k-th 3x3 convolution."""
 
-    place = "mask_head"
+    target = "mask_head"
     counted = r"mask_fcn\d+"
 
 
@@ -81,7 +81,7 @@ class NonLocalMaskRCNNConvUpsampleHead(_TakesBlocks, MaskRCNNConvUpsampleHead):
 class NonLocalKRCNNConvDeconvUpsampleHead(_TakesBlocks, KRCNNConvDeconvUpsampleHead):
     """The keypoint head; ``keypoint_head[k]`` is after its k-th 3x3 convolution and ReLU."""
 
-    place = "keypoint_head"
+    target = "keypoint_head"
     counted = r"conv_fcn_relu\d+"
 
 

@@ -61,6 +61,16 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[..., Any]], Callable
     return decorate
 
 
+def renamed_property(old: str, new: str) -> property:
+    """Build the property of the former name ``old``, which reads the property ``new``."""
+
+    def get(self: Any) -> Any:
+        warn_renamed(f"{type(self).__name__}.{old}", new)
+        return getattr(self, new)
+
+    return property(get)
+
+
 def renamed_method(old: str, new: str) -> Callable[..., Any]:
     """Build the method of the former name ``old``, which calls the method ``new``."""
 

@@ -1,4 +1,4 @@
-"""Matplotlib figures to files, without matplotlib's global state."""
+"""Saving matplotlib figures, without matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ FIGURE_STYLE = {"font.family": "DejaVu Sans", "font.size": 7.5, "pdf.fonttype": 
 
 
 def save_figure(figure: Figure, path: str) -> None:
-    """Write a figure as the ending of ``path`` says, for instance .png or .pdf."""
+    """Save a figure, and create its folder.
+
+    Args:
+        figure: Figure to save.
+        path: Output file, whose extension sets the format, for instance .png or .pdf.
+    """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with matplotlib.rc_context(FIGURE_STYLE):
         figure.savefig(path)

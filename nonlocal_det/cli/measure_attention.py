@@ -1,0 +1,58 @@
+"""Measure whether the attention of each block depends on the query, over a dataset.
+
+Writes attention.csv and attention.png. Without a config file it uses the model that the demo
+trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Optional
+
+from ..attention.statistics import dataset_stats, format_stats, plot_stats, write_stats_csv
+from ..engine import check_dataset_registered
+from ..errors import exit_on_error
+from ..utils.deprecation import RenamedOption
+from ..utils.file_io import ensure_writable_dir
+from .model_args import add_model_arguments, setup_cfg
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--dataset", help="registered dataset (default: the first of DATASETS.TEST)")
+    images = add(
+        "--num-images", type=int, default=100, help="maximum number of images (default 100)"
+    )
+    queries = add(
+        "--num-queries", type=int, default=64, help="queries sampled in each image (default 64)"
+    )
+    add("--images", action=RenamedOption, renamed=images)
+    add("--queries", action=RenamedOption, renamed=queries)
+    args = parser.parse_args(argv)
+    if min(args.num_images, args.num_queries) < 1:
+        parser.error("--num-images and --num-queries must be at least 1.")
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Compute the statistics, print them, and write them as a table and a plot."""
+    args = parse_args(argv)
+    with exit_on_error():
+        ensure_writable_dir(args.output)
+        cfg = setup_cfg(args)
+        dataset = args.dataset or cfg.DATASETS.TEST[0]
+        check_dataset_registered(dataset)
+        stats = dataset_stats(
+            cfg, dataset, num_images=args.num_images, num_queries=args.num_queries
+        )
+        print(format_stats(stats))
+        write_stats_csv(stats, os.path.join(args.output, "attention.csv"))
+        plot_stats(stats, os.path.join(args.output, "attention.png"))
+    return 0

@@ -59,3 +59,17 @@ def renamed_method(old: str, new: str) -> Callable[..., Any]:
         return getattr(self, new)(*args, **kwargs)
 
     return call
+
+
+def renamed_value(name: str, value: Any, renamed: Mapping[str, str]) -> Any:
+    """The value itself, or the one that replaces it, with a warning.
+
+    Args:
+        name: Name of the setting, for the warning.
+        value: Value given to the setting.
+        renamed: New value of each former one.
+    """
+    if not isinstance(value, str) or value not in renamed:
+        return value
+    warn_renamed(f"{name} {value!r}", repr(renamed[value]))
+    return renamed[value]

@@ -1,10 +1,10 @@
-"""The one place where defaults live."""
+"""The configuration keys, their defaults, and loading with clear errors."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 import yaml
@@ -13,71 +13,107 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from .utils.config_files import find_config_file
+from .utils.deprecation import warn_renamed
+
+# Former keys of MODEL.NONLOCAL, which still work for one release, and their new names.
+RENAMED_KEYS = {"BACKBONE": "WRAPPED_BACKBONE", "ORDER": "TAYLOR_ORDER", "WINDOW": "WINDOW_SIZE"}
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.NONLOCAL``, and to ``SOLVER`` what it lacks. These defaults change nothing."""
-    cfg.MODEL.NONLOCAL = node = CfgNode()
-    # Where blocks go, in Python's indexing syntax; a block comes after each selected place:
-    # "res4[-2]", "res3[1::2]", "p3", "mask_head[-1]". A position may carry settings of its own:
-    # "res3[:] MECHANISM=global_context REDUCTION=16".
-    node.POSITIONS = ()
-    # Which registered backbone build_nonlocal_backbone wraps; positions then name its outputs.
-    node.BACKBONE = ""
-    # Which mechanism: one of nonlocal_det.layers.MECHANISMS.
-    node.MECHANISM = "non_local"
-    # Each mechanism takes those of the settings below that it has.
-    # The pairwise function: "gaussian", "embedded_gaussian", "dot_product" or "concatenation".
-    node.PAIRWISE = "embedded_gaussian"
-    # Channels / inner channels.
-    node.REDUCTION = 2
-    # Max-pool keys and values by 2 in space: a quarter of the pairwise work.
-    node.SUBSAMPLE = False
-    # Pool before the embeddings, as the paper's released code, not after them, as its text.
-    node.POOL_FIRST = False
-    # Divide the softmax logits by sqrt(inner channels), as the released code does.
-    node.SCALE = False
-    # After the output convolution: "BN", "SyncBN", "naiveSyncBN", "GN", or "" for none (then the
-    # output convolution itself starts at zero, which suits few images per GPU).
-    node.NORM = "BN"
-    # Of the embeddings: "he", as the text says, or "gaussian" (std 0.01), as the released code.
-    node.INIT = "he"
-    # compact_generalized and grouped: number of channel groups.
-    node.GROUPS = 1
-    # grouped: side of the windows in positions, or None for all of space.
-    node.WINDOW = None
-    # compact_generalized: "dot_product", or "gaussian", Taylor-expanded to this order.
-    node.KERNEL = "dot_product"
-    node.ORDER = 3
-    # Keep what pads a batch out of the blocks, so that an image's features do not depend on what it
-    # is batched with; see nonlocal_det/modeling/padding_mask.py.
-    node.MASK_PADDING = True
-    # Every so many iterations, write pictures of attention and each block's entropy, gain and
-    # weights to TensorBoard; 0 is never. Costs an inference call on three pictures each time.
-    node.VIS_PERIOD = 0
+    """Add ``MODEL.NONLOCAL`` and the new ``SOLVER`` keys; with the defaults nothing changes.
 
-    # "SGD", detectron2's only one, or "AdamW".
+    Args:
+        cfg: detectron2's configuration, extended in place.
+    """
+    cfg.MODEL.NONLOCAL = node = CfgNode()
+    # Positions of blocks: each names residual blocks, convolutions or an output, in Python's
+    # indexing syntax, and a block goes after each: "res4[-2]", "res3[1::2]", "p3", "mask_head[-1]".
+    # A position can override the settings below: "res3[:] MECHANISM=global_context REDUCTION=16".
+    node.POSITIONS = ()
+    # The registered backbone that build_nonlocal_backbone wraps; positions then name its outputs.
+    node.WRAPPED_BACKBONE = ""
+    # Attention mechanism: "non_local" (Wang et al.), "global_context" (GCNet), "disentangled"
+    # (DNL), "compact_generalized" (CGNL) or "windowed" (multi-head attention inside windows).
+    # It uses those of the settings below that it has.
+    node.MECHANISM = "non_local"
+    # Pairwise function (mmcv's "mode"): "gaussian", "embedded_gaussian", "dot_product" or
+    # "concatenation".
+    node.PAIRWISE = "embedded_gaussian"
+    # Ratio of channels to inner channels.
+    node.REDUCTION = 2
+    # Max-pool keys and values by 2 in space: a quarter of the pairwise computation.
+    node.SUBSAMPLE = False
+    # Max-pool before the key and value convolutions, as in the official Caffe2 code; False pools
+    # after them, as in the paper.
+    node.POOL_FIRST = False
+    # Divide the softmax logits by sqrt(inner channels), as in the official Caffe2 code.
+    node.SCALE = False
+    # Norm after the output convolution: "BN", "SyncBN", "naiveSyncBN", "GN", or "" for none. With
+    # "" the output convolution itself starts at zero, which suits few images per GPU.
+    node.NORM = "BN"
+    # Initialization of the embeddings: "kaiming", as in the paper, or "normal" (standard deviation
+    # 0.01), as in the official Caffe2 code.
+    node.INIT = "kaiming"
+    # compact_generalized: number of channel groups.
+    node.GROUPS = 1
+    # windowed: number of attention heads.
+    node.NUM_HEADS = 1
+    # windowed: side of the windows in positions of the feature map, or None for all of space.
+    node.WINDOW_SIZE = None
+    # compact_generalized: kernel function, "dot_product" or the Taylor-expanded "gaussian".
+    node.KERNEL = "dot_product"
+    # compact_generalized: order of the Gaussian kernel's Taylor expansion.
+    node.TAYLOR_ORDER = 3
+    # Mask padding in the blocks, so that an image's features do not depend on the batch it is in;
+    # see nonlocal_det/modeling/padding_mask.py.
+    node.MASK_PADDING = True
+    # Iterations between TensorBoard writes of attention maps and of each block's attention
+    # statistics and weights; 0 for never. Each runs inference on three images.
+    node.VIS_PERIOD = 0
+    # Former keys; a value goes to the new key, with a warning.
+    node.update(dict.fromkeys(RENAMED_KEYS))
+
+    # Optimizer: "SGD" (detectron2's only option) or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Forward and backward passes in one step of the optimiser, which share IMS_PER_BATCH pictures
-    # between them: the memory of a smaller batch, and nothing else in the schedule to change.
+    # Gradient accumulation: number of micro-batches that IMS_PER_BATCH images are split into in
+    # each optimizer step. It saves memory and changes nothing else in the schedule.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
-    # What SOLVER.AMP.ENABLED computes in: "float16", on GPUs only, or "bfloat16".
+    # Dtype of SOLVER.AMP.ENABLED: "float16", on GPUs only, or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
 
 def default_settings() -> dict[str, Any]:
-    """The defaults of ``MODEL.NONLOCAL``."""
+    """Return the defaults of ``MODEL.NONLOCAL``."""
     cfg = get_cfg()
     add_nonlocal_config(cfg)
-    return dict(cfg.MODEL.NONLOCAL)
+    return with_new_keys(cfg.MODEL.NONLOCAL)
 
 
-def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
-    """detectron2's defaults and ours, then a YAML file, then ``KEY VALUE`` pairs over it.
+def with_new_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace former keys of ``MODEL.NONLOCAL`` by the new ones, with a warning for each in use.
+
+    Args:
+        settings: Values by key, former keys included.
+    """
+    current = {key: value for key, value in settings.items() if key not in RENAMED_KEYS}
+    for old, new in RENAMED_KEYS.items():
+        if settings.get(old) is not None:
+            warn_renamed(f"MODEL.NONLOCAL.{old}", f"MODEL.NONLOCAL.{new}")
+            current[new] = settings[old]
+    return current
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Load a YAML configuration over the defaults of detectron2 and `add_nonlocal_config`.
+
+    Args:
+        config_file: Path of the YAML file.
+        opts: Alternating keys and values, merged last.
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if a key does not exist, with the nearest that do, or a value's type is another.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read, a key does not exist (the message lists the nearest
+            that do), or a value has the wrong type.
     """
     config_file = find_config_file(config_file)
     if config_file.endswith(".py"):
@@ -88,11 +124,11 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_nonlocal_config(cfg)
     known = list(_keys(cfg))
-    if len(options) % 2:
-        raise ValueError(f"After the flags come pairs of KEY VALUE, not {' '.join(options)!r}.")
+    if len(opts) % 2:
+        raise ValueError(f"After the flags come pairs of KEY VALUE, not {' '.join(opts)!r}.")
     try:
         cfg.merge_from_file(config_file)
-        cfg.merge_from_list(list(options))
+        cfg.merge_from_list(list(opts))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{config_file!r} cannot be read as YAML: {said}.") from error
@@ -104,11 +140,16 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
 
 
 def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A LazyConfig, with ``KEY=VALUE`` over it.
+    """Load a LazyConfig and apply overrides.
+
+    Args:
+        config_file: Path of the Python file.
+        overrides: Overrides of the form ``KEY=VALUE``.
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it cannot be read; for an override that cannot, or of a key that nothing has.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file or an override cannot be read, or an override names a key that does
+            not exist.
     """
     config_file = find_config_file(config_file)
     if not config_file.endswith(".py"):
@@ -135,16 +176,19 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
 
 
 def _add_lazy_keys(cfg: DictConfig) -> None:
-    """Add to ``train`` what it lacks. These defaults change nothing."""
+    """Add the new ``train`` keys; with the defaults nothing changes."""
     if "train" in cfg:
-        # As SEED, SOLVER.ACCUMULATION_STEPS and SOLVER.AMP.DTYPE.
+        # Like SEED, SOLVER.ACCUMULATION_STEPS and SOLVER.AMP.DTYPE.
         cfg.train.setdefault("seed", -1)
         cfg.train.setdefault("accumulation_steps", 1)
         cfg.train.amp.setdefault("dtype", "float16")
 
 
 def _check_lazy_key(cfg: DictConfig, key: str) -> None:
-    """What will be called may be given another argument; elsewhere nothing would read a new key."""
+    """Raise a ValueError for a new key that nothing would read.
+
+    New keys are allowed only in nodes with ``_target_``, where they become arguments of the call.
+    """
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if isinstance(node, DictConfig) and last not in node and "_target_" not in node:
@@ -154,6 +198,7 @@ def _check_lazy_key(cfg: DictConfig, key: str) -> None:
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    """Iterate over all keys below a node, in dotted notation."""
     for name, value in node.items():
         yield prefix + name
         if isinstance(value, CfgNode):
@@ -161,7 +206,7 @@ def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def _explain(error: Exception, known: list[str]) -> str:
-    """One sentence for what yacs says of a key that does not exist, or of a value's type."""
+    """Turn an error of yacs, about an unknown key or a value's type, into one sentence."""
     said = str(error.args[0]) if error.args else str(error)
     mismatch = re.search(r"\(<class '(\w+)'>.*\((.*) vs\. (.*)\) for config key: (.*)", said)
     if mismatch:

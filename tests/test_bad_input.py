@@ -193,7 +193,7 @@ SETTINGS = {
     "unknown norm": (["MODEL.NONLOCAL.NORM", "IN"], ["'IN'", "'BN'"]),
     "reduction": (["MODEL.NONLOCAL.REDUCTION", "0"], ["REDUCTION", "0"]),
     "reduction beyond": (["MODEL.NONLOCAL.REDUCTION", "4096"], ["REDUCTION", "4096"]),
-    "init": (["MODEL.NONLOCAL.INIT", "zeros"], ["zeros", "'he'"]),
+    "init": (["MODEL.NONLOCAL.INIT", "zeros"], ["zeros", "'kaiming'"]),
     "groups": (
         ["MODEL.NONLOCAL.MECHANISM", "compact_generalized", "MODEL.NONLOCAL.GROUPS", "7"],
         ["7"],
@@ -202,7 +202,7 @@ SETTINGS = {
         ["MODEL.NONLOCAL.MECHANISM", "compact_generalized", "MODEL.NONLOCAL.KERNEL", "rbf"],
         ["rbf"],
     ),
-    "window": (["MODEL.NONLOCAL.MECHANISM", "grouped", "MODEL.NONLOCAL.WINDOW", "0"], ["0"]),
+    "window": (["MODEL.NONLOCAL.MECHANISM", "windowed", "MODEL.NONLOCAL.WINDOW_SIZE", "0"], ["0"]),
     "optimizer": (["SOLVER.OPTIMIZER", "Adam"], ["Adam", "AdamW"]),
     "schedule": (["SOLVER.LR_SCHEDULER_NAME", "Linear"], ["Linear"]),
     "steps": (["SOLVER.STEPS", "(20, 10)"], ["20"]),

@@ -1,6 +1,6 @@
-"""Every shipped configuration is a model, and the stock one until its blocks learn.
+"""Every shipped configuration builds a model, equal to the stock one until its blocks learn.
 
-Broken by hand to see a test fail, each of these failed at least one test here:
+Mutations tried by hand; each makes at least one test here fail:
 R101's five blocks at a step of 6; REDUCTION ignored; the keypoint head's blocks before their
 ReLUs; a wrong position in the documentation's table.
 """
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
     path.stem for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("Base-")
 )
-# After which module each block comes, for whoever reads the paper next to this.
+# The names of the blocks, which tell the layers that they follow, for comparison with the paper.
 RES4 = "backbone.bottom_up.res4.nl"
 BLOCKS = {
     "mask_rcnn_R50_NL": [f"{RES4}4"],
@@ -94,9 +94,9 @@ def test_shipped_configuration(name, tmp_path):
     del stock
 
     losses(model, inputs)
-    for place, block in blocks.items():
+    for block_name, block in blocks.items():
         zero = getattr(block.norm, "weight", block.out.weight)
-        assert zero.grad.abs().sum() > 0, place
+        assert zero.grad.abs().sum() > 0, block_name
 
     wake(model)
     DetectionCheckpointer(model, str(tmp_path)).save("model")
@@ -127,7 +127,7 @@ def test_the_table_lists_every_configuration():
         name: load_config(str(ROOT / "configs" / f"{name}.yaml")).MODEL.NONLOCAL.POSITIONS
         for name in CONFIGS
     }
-    # Settings of a position are in its file.
+    # The settings of a position are in the configuration only.
     assert {name: text.replace("`", "") for name, text in rows} == {
         name: ", ".join(position.split()[0] for position in given)
         for name, given in positions.items()

@@ -1,9 +1,9 @@
 """Weights of other implementations give the same outputs here.
 
-The references are written from what those implementations compute, in their order of operations and
-under their names; the weights are made for the test.
+The references follow the computation of those implementations, in their order of operations and
+with their names; the weights are random.
 
-Broken by hand to see a test fail, each of these failed at least one test here:
+Mutations tried by hand; each makes at least one test here fail:
 the bias under BN dropped, or added to the mean; a frozen scale kept from the bias; phi and g
 exchanged.
 """
@@ -192,13 +192,13 @@ def test_caffe2_keeps_three_dimensions():
 @pytest.mark.parametrize(
     ("convert", "said"),
     [
-        (lambda: convert_mmcv(conv("theta", C, D)), "'theta.weight' is no tensor of mmcv's"),
-        (lambda: convert_alexhex7(conv("key", C, D)), "'key.weight' is no tensor of AlexHex7's"),
-        (lambda: convert_alexhex7(conv("g", C, D)), "out.weight would be missing"),
+        (lambda: convert_mmcv(conv("theta", C, D)), "'theta.weight' is not a tensor of mmcv's"),
+        (lambda: convert_alexhex7(conv("key", C, D)), "'key.weight' is not a tensor of AlexHex7's"),
+        (lambda: convert_alexhex7(conv("g", C, D)), "out.weight is missing"),
         (lambda: convert_caffe2({"conv1_w": X}, "nonlocal_conv4_4"), "'nonlocal_conv4_4'"),
-        (lambda: convert_caffe2({"nl_colour": X}, "nl"), "'colour' is no tensor of the Caffe2"),
+        (lambda: convert_caffe2({"nl_color": X}, "nl"), "'color' is not a tensor of the Caffe2"),
     ],
 )
-def test_what_is_no_such_block(convert, said):
+def test_names_of_another_module_are_an_error(convert, said):
     with pytest.raises(ValueError, match=said):
         convert()

@@ -86,7 +86,7 @@ def trained(tmp_path_factory, datasets):
     output = tmp_path_factory.mktemp("trained")
     arguments = (*CONFIG, *RUN, "OUTPUT_DIR", output)
     process = start("tools/train_net.py", *arguments, by=BY_TORCHRUN, datasets=datasets)
-    assert "naiveSyncBN stands in for it in 21 layers" in output_of(process)
+    assert "naiveSyncBN replaces it in 21 layers" in output_of(process)
     return output
 
 

@@ -2,17 +2,17 @@
 
 Each of these was broken by hand, and failed at least one test here:
 
-frame: residual left out; mask not passed on; masked positions changed; a group norm's statistics
-over masked positions; gamma not zeroed; a norm that cannot learn accepted;
+base class: residual left out; mask not passed on; masked positions changed; a group norm's
+statistics over masked positions; gamma not zeroed; a norm that cannot learn accepted;
 ``train`` forgets ``freeze``; float16 not saturated.
 pooling: mask ignored; borders dropped; time pooled; order of pooling and embedding swapped.
 non-local: halves of w_f swapped; logits multiplied by sqrt(D).
-global context: uniform weights; layer norm behind the ReLU; a picture without keys not zeroed.
+global context: uniform weights; layer norm behind the ReLU; an image without keys not zeroed.
 disentangled: theta not whitened; its mean over masked positions too; unary term subtracted, or
 pooled in the wrong order.
-compact generalised: factorial lost; sum over channels only; groups interleaved; masked pairs
+compact generalized: factorial lost; sum over channels only; groups interleaved; masked pairs
 counted.
-grouped: groups interleaved; padded keys take part; windows put back transposed; scale by the whole
+windowed: heads interleaved; padded keys valid; windows put back transposed; scale by the whole
 width; attention rows that see other windows.
 """
 
@@ -56,7 +56,7 @@ VARIANTS = {
         "non_local",
         {"pairwise": "gaussian", "subsample": True, "pool_first": True},
     ),
-    "scaled": ("non_local", {"scale": True, "init": "gaussian"}),
+    "scaled": ("non_local", {"scale": True, "init": "normal"}),
     "global-context": ("global_context", {}),
     "disentangled": ("disentangled", {}),
     "disentangled-pooled": ("disentangled", {"subsample": True, "scale": True}),
@@ -65,16 +65,19 @@ VARIANTS = {
     "compact-groups": ("compact_generalized", {"groups": 2, "scale": True}),
     "compact-taylor": (
         "compact_generalized",
-        {"kernel": "gaussian", "order": 2, "gamma": 0.3, "groups": 2},
+        {"kernel": "gaussian", "taylor_order": 2, "gamma": 0.3, "groups": 2},
     ),
-    "groups": ("grouped", {"groups": 2, "scale": True}),
-    "windows": ("grouped", {"window": 2}),
-    "windows-gaussian": ("grouped", {"window": 3, "groups": 2, "pairwise": "gaussian"}),
-    "windows-dot": ("grouped", {"window": 3, "groups": 2, "pairwise": "dot_product"}),
-    "windows-concatenation": ("grouped", {"window": 2, "groups": 2, "pairwise": "concatenation"}),
+    "heads": ("windowed", {"num_heads": 2, "scale": True}),
+    "windows": ("windowed", {"window_size": 2}),
+    "windows-gaussian": ("windowed", {"window_size": 3, "num_heads": 2, "pairwise": "gaussian"}),
+    "windows-dot": ("windowed", {"window_size": 3, "num_heads": 2, "pairwise": "dot_product"}),
+    "windows-concatenation": (
+        "windowed",
+        {"window_size": 2, "num_heads": 2, "pairwise": "concatenation"},
+    ),
 }
 POINTWISE = [  # neither cells nor windows: positions are a set
-    name for name, (_, options) in VARIANTS.items() if not {"subsample", "window"} & set(options)
+    n for n, (_, options) in VARIANTS.items() if not {"subsample", "window_size"} & set(options)
 ]
 each_variant = pytest.mark.parametrize("name", VARIANTS)
 each_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -117,7 +120,7 @@ def cases(draw, names=tuple(VARIANTS), min_batch=0):
     return draw(st.sampled_from(names)), dims, x, mask
 
 
-# ---- The equations, one picture at a time: x (C, N) with the coordinates of its positions.
+# ---- The equations, one image at a time: x (C, N) with the coordinates of its positions.
 
 
 def linear(conv: nn.Module, x):
@@ -128,16 +131,16 @@ def linear(conv: nn.Module, x):
     return y if conv.bias is None else y + conv.bias[:, None]
 
 
-def pooled(x, taking_part, coordinates, stride):
-    """Maxima over cells of ``stride`` in space: values, and which cells have a position at all."""
+def pooled(x, valid, coordinates, stride):
+    """Maxima over cells of ``stride`` in space: values, and which cells have a valid position."""
     space = 2 if len(coordinates[0]) > 1 else 1
     cells: dict = {}
-    for i, place in enumerate(coordinates):
-        cell = place[:-space] + tuple(p // stride for p in place[-space:])
+    for i, position in enumerate(coordinates):
+        cell = position[:-space] + tuple(p // stride for p in position[-space:])
         cells.setdefault(cell, []).append(i)
     values, alive = [], []
     for cell in sorted(cells):
-        members = [i for i in cells[cell] if taking_part[i]]
+        members = [i for i in cells[cell] if valid[i]]
         alive.append(bool(members))
         values.append(x[:, members].amax(1) if members else torch.zeros_like(x[:, 0]))
     return torch.stack(values, 1), alive
@@ -152,11 +155,11 @@ def softmax(logits: list):
     return [p / sum(powers) for p in powers]
 
 
-def weights_of(form, theta_i, phi, keys, scale=1.0, w_f=None):
+def weights_of(pairwise, theta_i, phi, keys, scale=1.0, w_f=None):
     """f(x_i, x_j) / C(x) for the j in ``keys``."""
-    if form == "dot_product":
+    if pairwise == "dot_product":
         return [(theta_i * phi[:, j]).sum() / len(keys) for j in keys]
-    if form == "concatenation":
+    if pairwise == "concatenation":
         return [torch.relu(w_f @ torch.cat([theta_i, phi[:, j]])) / len(keys) for j in keys]
     return softmax([(theta_i * phi[:, j]).sum() * scale for j in keys])
 
@@ -170,21 +173,21 @@ def as_row(weights, keys, count):
     )
 
 
-def non_local(block, options, x, taking_part, coordinates):
+def non_local(block, options, x, valid, coordinates):
     form, stride = options.get("pairwise", "embedded_gaussian"), int(options.get("subsample", 1))
     stride = 2 if options.get("subsample") is True else stride
     if options.get("pool_first"):
-        source, alive = pooled(x, taking_part, coordinates, stride)
+        source, alive = pooled(x, valid, coordinates, stride)
         phi, g = (
             (source if form == "gaussian" else linear(block.phi, source)),
             linear(block.g, source),
         )
     else:
-        phi, alive = x if form == "gaussian" else linear(block.phi, x), taking_part
+        phi, alive = x if form == "gaussian" else linear(block.phi, x), valid
         g = linear(block.g, x)
         if stride > 1:
-            phi, alive = pooled(phi, taking_part, coordinates, stride)
-            g, _ = pooled(g, taking_part, coordinates, stride)
+            phi, alive = pooled(phi, valid, coordinates, stride)
+            g, _ = pooled(g, valid, coordinates, stride)
     theta = x if form == "gaussian" else linear(block.theta, x)
     keys = [j for j, a in enumerate(alive) if a]
     scale = INNER**-0.5 if options.get("scale") else 1.0
@@ -194,8 +197,8 @@ def non_local(block, options, x, taking_part, coordinates):
     return g @ rows.T, rows
 
 
-def global_context(block, options, x, taking_part, coordinates):
-    keys = [j for j, a in enumerate(taking_part) if a]
+def global_context(block, options, x, valid, coordinates):
+    keys = [j for j, a in enumerate(valid) if a]
     weights = softmax([linear(block.w_k, x)[0, j] for j in keys])
     row = as_row(weights, keys, x.shape[1])
     rows = row.expand(x.shape[1], -1)
@@ -207,22 +210,22 @@ def global_context(block, options, x, taking_part, coordinates):
     return y[:, None].expand(-1, x.shape[1]), rows
 
 
-def disentangled(block, options, x, taking_part, coordinates):
-    stride, source, alive = int(options.get("subsample", 1)), x, taking_part
+def disentangled(block, options, x, valid, coordinates):
+    stride, source, alive = int(options.get("subsample", 1)), x, valid
     stride = 2 if options.get("subsample") is True else stride
     if options.get("pool_first"):
-        source, alive = pooled(x, taking_part, coordinates, stride)
+        source, alive = pooled(x, valid, coordinates, stride)
     maps = [linear(conv, source) for conv in (block.phi, block.g, block.w_m)]
     if stride > 1 and not options.get("pool_first"):
-        _, alive = pooled(x, taking_part, coordinates, stride)
-        maps = [pooled(m, taking_part, coordinates, stride)[0] for m in maps]
+        _, alive = pooled(x, valid, coordinates, stride)
+        maps = [pooled(m, valid, coordinates, stride)[0] for m in maps]
     phi, g, m = maps
     theta = linear(block.theta, x)
-    asked, keys = [[j for j, a in enumerate(part) if a] for part in (taking_part, alive)]
+    queries, keys = [[j for j, a in enumerate(part) if a] for part in (valid, alive)]
     if not keys:
         rows = torch.zeros(x.shape[1], g.shape[1], dtype=x.dtype)
         return g @ rows.T, rows
-    theta = theta - theta[:, asked].mean(1, keepdim=True)
+    theta = theta - theta[:, queries].mean(1, keepdim=True)
     phi = phi - phi[:, keys].mean(1, keepdim=True)
     scale = INNER**-0.5 if options.get("scale") else 1.0
     unary = softmax([m[0, j] for j in keys])
@@ -234,10 +237,10 @@ def disentangled(block, options, x, taking_part, coordinates):
     return g @ rows.T, rows
 
 
-def compact_generalized(block, options, x, taking_part, coordinates):
+def compact_generalized(block, options, x, valid, coordinates):
     """All pairs of (channel, position) with (channel, position), group by group."""
     groups = options.get("groups", 1)
-    keys = [j for j, a in enumerate(taking_part) if a]
+    keys = [j for j, a in enumerate(valid) if a]
     maps = [linear(conv, x).chunk(groups) for conv in (block.theta, block.phi, block.g)]
     results, rows = [], torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
     for theta, phi, g in zip(*maps):
@@ -249,54 +252,54 @@ def compact_generalized(block, options, x, taking_part, coordinates):
             f = math.exp(-2 * gamma) * sum(terms)
         if options.get("scale"):
             f = f / math.sqrt(max(len(keys), 1) * len(phi))
-        part = torch.tensor(taking_part, dtype=x.dtype)
+        part = torch.tensor(valid, dtype=x.dtype)
         results.append(torch.einsum("cidj,dj,j->ci", f, g, part))
         rows = rows + (f * part).mean(dim=(0, 2)) / groups
     return torch.cat(results), rows
 
 
-def grouped(block, options, x, taking_part, coordinates):
-    form, groups = options.get("pairwise", "embedded_gaussian"), options.get("groups", 1)
+def windowed(block, options, x, valid, coordinates):
+    form, heads = options.get("pairwise", "embedded_gaussian"), options.get("num_heads", 1)
     theta, phi = (x, x) if form == "gaussian" else (linear(block.theta, x), linear(block.phi, x))
     space = 2 if len(coordinates[0]) > 1 else 1
-    window = options.get("window", 10**6)
-    cell = [tuple(p // window for p in place[-space:]) for place in coordinates]
+    window = options.get("window_size", 10**6)
+    cell = [tuple(p // window for p in position[-space:]) for position in coordinates]
     results, total = [], torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
     halves = (
-        torch.zeros(2, groups, 1) if form != "concatenation" else block.w_f.reshape(2, groups, -1)
+        torch.zeros(2, heads, 1) if form != "concatenation" else block.w_f.reshape(2, heads, -1)
     )
-    parts = zip(theta.chunk(groups), phi.chunk(groups), linear(block.g, x).chunk(groups))
-    for group, (t, p, g) in enumerate(parts):
-        w_f = torch.cat([halves[0, group], halves[1, group]])
-        scale = (INNER // groups) ** -0.5 if options.get("scale") else 1.0
+    parts = zip(theta.chunk(heads), phi.chunk(heads), linear(block.g, x).chunk(heads))
+    for head, (t, p, g) in enumerate(parts):
+        w_f = torch.cat([halves[0, head], halves[1, head]])
+        scale = (INNER // heads) ** -0.5 if options.get("scale") else 1.0
         rows = []
         for i in range(x.shape[1]):
-            keys = [j for j, a in enumerate(taking_part) if a and cell[j] == cell[i]]
+            keys = [j for j, a in enumerate(valid) if a and cell[j] == cell[i]]
             rows.append(as_row(weights_of(form, t[:, i], p, keys, scale, w_f), keys, x.shape[1]))
         results.append(g @ torch.stack(rows).T)
-        total = total + torch.stack(rows) / groups
+        total = total + torch.stack(rows) / heads
     return torch.cat(results), total
 
 
 EQUATIONS = {f.__name__: f for f in (non_local, global_context, disentangled)}
-EQUATIONS.update({f.__name__: f for f in (compact_generalized, grouped)})
+EQUATIONS.update({f.__name__: f for f in (compact_generalized, windowed)})
 
 
 def reference(name: str, block: nn.Module, x, mask):
-    """z, and each picture's (N, M) weights, by the paper's equation."""
+    """z, and each image's (N, M) weights, by the paper's equation."""
     mechanism, options = VARIANTS[name]
     coordinates = list(itertools.product(*(range(n) for n in x.shape[2:])))
     outputs, weights = [], []
     for b in range(x.shape[0]):
         flat = x[b].reshape(CHANNELS, len(coordinates))
-        taking_part = [True] * len(coordinates) if mask is None else mask[b].flatten().tolist()
-        y, rows = EQUATIONS[mechanism](block, options, flat, taking_part, coordinates)
+        valid = [True] * len(coordinates) if mask is None else mask[b].flatten().tolist()
+        y, rows = EQUATIONS[mechanism](block, options, flat, valid, coordinates)
         branch = linear(block.out, y)
         if isinstance(block.norm, nn.modules.batchnorm._BatchNorm):
             norm = block.norm
             factor = norm.weight / (norm.running_var + norm.eps).sqrt()
             branch = (branch - norm.running_mean[:, None]) * factor[:, None] + norm.bias[:, None]
-        z = torch.where(torch.tensor(taking_part), flat + branch, flat)
+        z = torch.where(torch.tensor(valid), flat + branch, flat)
         outputs.append(z.reshape(x[b].shape))
         weights.append(rows)
     return (torch.stack(outputs) if outputs else x * 1), weights
@@ -364,7 +367,7 @@ def test_attention_rows_are_the_weights_of_the_equation(case):
 
 @pytest.mark.parametrize("name", (*PAIRWISE, "scaled", "disentangled", "windows"))
 def test_attention_rows_times_values_are_the_sums(name):
-    """Where one map tells all: not behind GC's bottleneck, nor where groups or channels differ."""
+    """Where one map tells all: not behind GC's bottleneck, nor where heads or channels differ."""
     block = active_block(name)
     x, mask = random_input(2, (3, 4), masked=True)
     rows = block.attention_weights(x, torch.arange(12), mask).flatten(2)
@@ -410,7 +413,7 @@ def test_masked_positions_neither_give_nor_take(case):
 @some_examples
 @given(cases(min_batch=1), st.integers(1, 4), st.integers(0, 4), st.sampled_from(("BN", "GN")))
 def test_alone_is_as_batched_with_padding(case, right, below, norm):
-    """Padding to the right and below, masked, does not change a picture's own positions."""
+    """Padding to the right and below, masked, does not change an image's own positions."""
     name, dims, x, mask = case
     mask = torch.ones_like(x[:, 0], dtype=torch.bool) if mask is None else mask
     pad = [0, right, 0, below][: 2 * min(dims, 2)]
@@ -422,7 +425,7 @@ def test_alone_is_as_batched_with_padding(case, right, below, norm):
 
 
 @each_variant
-def test_a_picture_without_keys_gets_a_zero_sum(name):
+def test_an_image_without_keys_gets_a_zero_output(name):
     block = active_block(name)
     x, mask = random_input(2, (3, 5), masked=True)
     mask[1] = False
@@ -591,7 +594,7 @@ def test_forward_repeats_itself_and_leaves_no_trace(name):
 @each_mechanism
 @pytest.mark.parametrize("dims", (1, 2, 3))
 def test_smallest_sizes(mechanism, dims):
-    """One channel, one position, no picture; backward included."""
+    """One channel, one position, no image; backward included."""
     block = MECHANISMS[mechanism](1, dims=dims, norm="")
     nn.init.ones_(block.out.weight)
     assert block.inner_channels == 1
@@ -628,15 +631,15 @@ def test_names_and_widths():
     assert widths.pop("global_context") == 4 and set(widths.values()) == {32}
 
 
-def test_he_and_gaussian_init():
+def test_kaiming_and_normal_init():
     torch.manual_seed(0)
-    he, gaussian = NonLocalBlock(256), NonLocalBlock(256, init="gaussian")
+    kaiming, normal = NonLocalBlock(256), NonLocalBlock(256, init="normal")
     for name in ("theta", "phi", "g"):
-        assert he.get_submodule(name).weight.std().item() == pytest.approx(
+        assert kaiming.get_submodule(name).weight.std().item() == pytest.approx(
             (2 / 256) ** 0.5, rel=0.05
         )
-        assert gaussian.get_submodule(name).weight.std().item() == pytest.approx(0.01, rel=0.05)
-        assert not he.get_submodule(name).bias.any()
+        assert normal.get_submodule(name).weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert not kaiming.get_submodule(name).bias.any()
 
 
 @pytest.mark.parametrize(
@@ -645,21 +648,21 @@ def test_he_and_gaussian_init():
         ("non_local", {"pairwise": "cosine"}, "pairwise is 'cosine'.*'gaussian'.*'concatenation'"),
         ("non_local", {"dims": 4}, "dims is 4.*1, 2, 3"),
         ("non_local", {"norm": "IN"}, "norm is 'IN'.*'', 'BN', 'SyncBN', 'GN'"),
-        ("non_local", {"init": "xavier"}, "init is 'xavier'.*'he', 'gaussian'"),
+        ("non_local", {"init": "xavier"}, "init is 'xavier'.*'kaiming', 'normal'"),
         ("non_local", {"inner_channels": 0}, "inner_channels is 0.*at least 1"),
         ("non_local", {"inner_channels": 1.5}, "inner_channels is 1.5.*integer"),
         ("non_local", {"subsample": -2}, "subsample is -2.*at least 1"),
         ("non_local", {"subsample": "yes"}, "subsample is 'yes'.*integer"),
         ("compact_generalized", {"kernel": "rbf"}, "kernel is 'rbf'.*'dot_product', 'gaussian'"),
-        ("compact_generalized", {"order": 0}, "order is 0"),
+        ("compact_generalized", {"taylor_order": 0}, "taylor_order is 0"),
         ("compact_generalized", {"gamma": 0.0}, "gamma is 0.0.*above 0"),
         ("compact_generalized", {"groups": 3}, "groups is 3.*divide channels, which is 8"),
-        ("grouped", {"groups": 3}, "groups is 3.*divide inner_channels, which is 4"),
-        ("grouped", {"window": 0}, "window is 0.*at least 1"),
+        ("windowed", {"num_heads": 3}, "num_heads is 3.*divide inner_channels, which is 4"),
+        ("windowed", {"window_size": 0}, "window_size is 0.*at least 1"),
         (
-            "grouped",
-            {"pairwise": "gaussian", "groups": 3, "inner_channels": 3},
-            "groups is 3.*divide channels, which is 8",
+            "windowed",
+            {"pairwise": "gaussian", "num_heads": 3, "inner_channels": 3},
+            "num_heads is 3.*divide channels, which is 8",
         ),
     ),
 )

@@ -31,10 +31,10 @@ VARIANTS = {
     "disentangled-pooled": ("disentangled", {"subsample": True}),
     "compact": ("compact_generalized", {"groups": 2, "scale": True}),
     "compact-taylor": ("compact_generalized", {"kernel": "gaussian", "gamma": 0.1}),
-    "groups": ("grouped", {"groups": 2}),
-    "windows": ("grouped", {"window": 3, "groups": 2}),
-    "windows-dot": ("grouped", {"window": 2, "pairwise": "dot_product"}),
-    "windows-concatenation": ("grouped", {"window": 2, "pairwise": "concatenation"}),
+    "heads": ("windowed", {"num_heads": 2}),
+    "windows": ("windowed", {"window_size": 3, "num_heads": 2}),
+    "windows-dot": ("windowed", {"window_size": 2, "pairwise": "dot_product"}),
+    "windows-concatenation": ("windowed", {"window_size": 2, "pairwise": "concatenation"}),
 }
 # One of each kind of operation, where a route is slow.
 KINDS = (*PAIRWISE, "pool-first", "global-context", "disentangled-pooled", "compact", "windows")

@@ -117,7 +117,7 @@ def test_lazy_configuration_is_its_yaml(path):
     assert resnet.stages.depth == common.RESNETS.DEPTH
     given = {k: v for k, v in resnet.make_block.items() if k != "_target_"}
     # The keypoint head has settings of its own.
-    assert head or given == {key: common.NONLOCAL[key] for key in given}
+    assert head or given == {key: common.NONLOCAL[key.upper()] for key in given}
 
 
 def run_tool(datasets, *arguments, fails=False):
@@ -228,7 +228,7 @@ def test_blocks_after_the_outputs_of_any_backbone(name):
     torch.manual_seed(0)
     stock = build().eval()
     model = copy.deepcopy(stock)
-    assert insert_after_outputs(model, positions, nonlocal_block_factory(NORM="")) is model
+    assert insert_after_outputs(model, positions, nonlocal_block_factory(norm="")) is model
     assert names_without_blocks(model) == list(stock.state_dict())
     assert list(blocks_of(model)) == [f"non_local.{name}" for name in positions]
     image = torch.rand(2, 3, 64, 96)
@@ -287,7 +287,7 @@ def wrapping(backbone, *positions):
         + ["MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4"]],
     )
     cfg.MODEL.BACKBONE.NAME = "build_nonlocal_backbone"
-    cfg.MODEL.NONLOCAL.BACKBONE = backbone
+    cfg.MODEL.NONLOCAL.WRAPPED_BACKBONE = backbone
     cfg.MODEL.NONLOCAL.POSITIONS = positions
     return cfg
 
@@ -312,11 +312,11 @@ def test_a_registered_backbone_takes_blocks_by_configuration(registered):
     ("backbone", "position", "said"),
     [
         (None, "p6", "'p6'.*This model takes blocks at p2, p3, p4, p5"),
-        (None, "s1", "'s1'.*no such place"),
+        (None, "s1", "'s1'.*no such position"),
         (None, "mask_head[0]", "'mask_head.0.'.*NonLocalMaskRCNNConvUpsampleHead does"),
-        ("", "p2", "NONLOCAL.BACKBONE, which is '' and is no registered.*build_resnet_backbone"),
-        ("build_nonlocal_resnet_fpn_backbone", "p2", "takes blocks by itself"),
-        ("build_nonlocal_backbone", "p2", "takes blocks by itself"),
+        ("", "p2", "WRAPPED_BACKBONE is '', which is not a registered.*build_resnet_backbone"),
+        ("build_nonlocal_resnet_fpn_backbone", "p2", "takes blocks itself"),
+        ("build_nonlocal_backbone", "p2", "takes blocks itself"),
     ],
 )
 def test_what_cannot_be_wrapped(backbone, position, said, registered):

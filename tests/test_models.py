@@ -1,6 +1,6 @@
-"""Every standard model of detectron2, with blocks at every place it has, against the stock model.
+"""Every standard model of detectron2, with blocks at all its positions, against the stock model.
 
-Broken by hand to see a test fail, each of these failed at least one test here:
+Mutations tried by hand; each makes at least one test here fail:
 looking for a C4 model's res5 in its backbone; blocks after outputs that never run; the keypoint
 head's blocks before their ReLUs; levels that only an unused proposal network reads; stages behind
 the last that is read; mask positions with masks off; FrozenBN as a norm; calling a block new if
@@ -139,8 +139,8 @@ def test_there_is_a_block_at_every_position(pair):
     cfg, _, model = pair
     named = " ".join(blocks_of(model))
     for position in check_positions(cfg):
-        assert position.place in named or position.place.endswith("_head"), position.text
-    heads = sum("head" in position.place for position in check_positions(cfg))
+        assert position.target in named or position.target.endswith("_head"), position.text
+    heads = sum("head" in position.target for position in check_positions(cfg))
     assert sum("head." in name for name in blocks_of(model)) >= heads
 
 
@@ -204,7 +204,7 @@ def mask_rcnn(positions, options=()):
     return renamed(cfg, OURS)
 
 
-def test_synchronised_batch_norm():
+def test_synchronized_batch_norm():
     cfg = mask_rcnn(RESNET, ["MODEL.RESNETS.NORM", "SyncBN", "MODEL.NONLOCAL.NORM", "SyncBN"])
     stock, model = build_pair(cfg)
     assert names_without_blocks(model) == list(stock.state_dict())
@@ -354,9 +354,9 @@ def test_an_imagenet_file_lacks_only_the_blocks_and_the_detector(source, tmp_pat
     detector = [key for key in stock.state_dict() if "bottom_up" not in key]
     assert_only_blocks_are_new(checkpointer, model, other=len(detector))
     assert "unexpected in the checkpoint: " in checkpointer.line and "fc" in checkpointer.line
-    picture = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        assert_same(model.backbone.bottom_up(picture), resnet(picture))
+        assert_same(model.backbone.bottom_up(image), resnet(image))
 
 
 def test_the_line_tells_a_wrong_checkpoint(tmp_path):
@@ -376,21 +376,21 @@ def test_the_line_tells_a_wrong_checkpoint(tmp_path):
 
 
 BAD = {  # (the model zoo's file, options, position, what the message must say)
-    "unknown level": (MASK_RCNN, [], "p8", ["'p8'", "no such place", "p2, p3, p4, p5, p6"]),
+    "unknown level": (MASK_RCNN, [], "p8", ["'p8'", "no such position", "p2, p3, p4, p5, p6"]),
     "unused level": (MASK_RCNN, [], "p7", ["'p7'", "nothing uses p7"]),
     "level with an index": (MASK_RCNN, [], "p3[0]", ["'p3[0]'", "without an index"]),
-    "unknown stage": (MASK_RCNN, [], "res6[0]", ["'res6[0]'", "no such place", "res2, res3"]),
+    "unknown stage": (MASK_RCNN, [], "res6[0]", ["'res6[0]'", "no such position", "res2, res3"]),
     "unknown head": (MASK_RCNN, [], "cube_head[0]", ["'cube_head[0]'", "mask_head"]),
     "index": (MASK_RCNN, [], "res4[6]", ["'res4[6]'", "6 blocks", "from 0 to 5"]),
     "head index": (MASK_RCNN, [], "mask_head[4]", ["'mask_head[4]'", "4 convolutions"]),
     "masks off": (MASK_RCNN, ["MODEL.MASK_ON", False], "mask_head[0]", ["MODEL.MASK_ON is False"]),
     "keypoints off": (MASK_RCNN, [], "keypoint_head[0]", ["MODEL.KEYPOINT_ON is False"]),
-    "no convolution": (MASK_RCNN, [], "box_head[0]", ["'box_head[0]'", "no place to insert"]),
+    "no convolution": (MASK_RCNN, [], "box_head[0]", ["'box_head[0]'", "nothing to insert"]),
     "unused stage": (
         "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
         ["MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4"]],
         "res5[0]",
-        ["'res5[0]'", "nothing uses res5", "the last stage that is read is res4"],
+        ["'res5[0]'", "nothing uses res5", "the last stage in use is res4"],
     ),
     "only precomputed proposals": (
         MASK_RCNN,
@@ -414,8 +414,8 @@ BAD = {  # (the model zoo's file, options, position, what the message must say)
     "unknown setting": (
         MASK_RCNN,
         [],
-        "p3 COLOUR=red",
-        ["'p3 COLOUR=red'", "'COLOUR'", "PAIRWISE"],
+        "p3 COLOR=red",
+        ["'p3 COLOR=red'", "'COLOR'", "PAIRWISE"],
     ),
     "bad setting": (MASK_RCNN, [], "p3 PAIRWISE=cosine", ["'cosine'", "'dot_product'"]),
     "bad mechanism": (MASK_RCNN, [], "p3 MECHANISM=fast", ["'fast'", "'global_context'"]),
@@ -457,7 +457,7 @@ def test_a_position_with_the_stock_component_names_what_takes_it(position, node)
 @pytest.mark.parametrize(
     "positions", [("p3", "p3"), ("res4[-1]", "res4[5]"), ("mask_head[:]",) * 2]
 )
-def test_the_same_place_twice_is_an_error(positions):
+def test_the_same_position_twice_is_an_error(positions):
     with pytest.raises(PositionError, match="second block"):
         build_model(mask_rcnn(positions))
 
@@ -469,28 +469,28 @@ def backbone():
     return model.backbone
 
 
-def scripted(backbone, picture):
+def scripted(backbone, image):
     import detectron2.export.torchscript  # noqa: F401  Makes a ResNet's blocks scriptable.
 
     return torch.jit.script(backbone)
 
 
-def traced(backbone, picture):
-    return torch.jit.trace(backbone, picture, strict=False)
+def traced(backbone, image):
+    return torch.jit.trace(backbone, image, strict=False)
 
 
 LEAVES = {
     "script": scripted,
     "trace": traced,
-    "copy": lambda backbone, picture: copy.deepcopy(backbone),
-    "pickle": lambda backbone, picture: pickle.loads(pickle.dumps(backbone)),
+    "copy": lambda backbone, image: copy.deepcopy(backbone),
+    "pickle": lambda backbone, image: pickle.loads(pickle.dumps(backbone)),
 }
 
 
 @pytest.mark.parametrize("way", LEAVES)
 def test_a_backbone_leaves_with_its_blocks(way, backbone):
-    pictures = torch.rand(2, 3, 64, 64), torch.rand(1, 3, 96, 64)
+    inputs = torch.rand(2, 3, 64, 64), torch.rand(1, 3, 96, 64)
     with torch.no_grad():
-        left = LEAVES[way](backbone, pictures[0])
-        for picture in pictures:
-            assert_same(left(picture), backbone(picture))
+        left = LEAVES[way](backbone, inputs[0])
+        for image in inputs:
+            assert_same(left(image), backbone(image))

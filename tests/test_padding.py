@@ -1,11 +1,11 @@
-"""The answer for an image does not depend on what it is batched with.
+"""The result for an image does not depend on the batch that it is in.
 
 detectron2's own convolutions see padding as far as their kernels reach, so an image's features
-change near its border, in the stock model too. Here all kernels are reduced to their centres: then
+change near its border, in the stock model too. Here all kernels are reduced to their centers: then
 the stock model does not see padding at all, and whatever is left comes through the blocks.
 
-Broken by hand to see a test fail, each of these failed at least one test here: no mask handed out;
-the mask of the rows only; a group norm over padding too; the mask halved by rounding down; the mask
+Mutations tried by hand; each makes at least one test here fail: no mask set; the mask of the rows
+only; a group norm over padding too; the mask halved by rounding down; the mask
 kept after the call; a mask where nothing is padded, or none in a trace of such an image; the
 recorder without the mask.
 """
@@ -49,7 +49,7 @@ VARIANTS = {
     "global context": ((*RESNET, "p3"), {"MECHANISM": "global_context"}),
     "disentangled": ((*RESNET, "p3"), {"MECHANISM": "disentangled", "SUBSAMPLE": True}),
     "compact": ((*RESNET, "p3"), {"MECHANISM": "compact_generalized", "GROUPS": 4}),
-    "windows": ((*RESNET, "p3"), {"MECHANISM": "grouped", "WINDOW": 4, "GROUPS": 2}),
+    "windows": ((*RESNET, "p3"), {"MECHANISM": "windowed", "WINDOW_SIZE": 4, "NUM_HEADS": 2}),
     "group norm": ((*RESNET, "p3"), {"NORM": "GN"}),
 }
 
@@ -68,17 +68,17 @@ def pair_of(cfg):
     for network in (stock, model):
         for name, layer in network.named_modules():
             if isinstance(layer, nn.Conv2d) and "roi_heads" not in name:
-                centre = torch.zeros_like(layer.weight)
+                center = torch.zeros_like(layer.weight)
                 y, x = (k // 2 for k in layer.kernel_size)
-                centre[:, :, y, x] = layer.weight.detach()[:, :, y, x] * max(layer.kernel_size)
-                layer.weight.data = centre
+                center[:, :, y, x] = layer.weight.detach()[:, :, y, x] * max(layer.kernel_size)
+                layer.weight.data = center
     return stock, model
 
 
 def batch(model, inputs):
-    """What detectron2's models give to their backbones."""
-    normalised = [(i["image"] - model.pixel_mean) / model.pixel_std for i in inputs]
-    return ImageList.from_tensors(normalised, model.backbone.size_divisibility).tensor
+    """The input that detectron2's models pass to their backbones."""
+    normalized = [(i["image"] - model.pixel_mean) / model.pixel_std for i in inputs]
+    return ImageList.from_tensors(normalized, model.backbone.size_divisibility).tensor
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def model():
 
 
 def masks_of_a_call(model, size):
-    """What each block had for a mask, as shares of cells that take part."""
+    """The mask of each block during a call of the backbone with a padded image."""
     seen = {}
     handles = [
         block.register_forward_pre_hook(
@@ -163,11 +163,11 @@ def masks_of_a_call(model, size):
         )
         for name, block in blocks_of(model).items()
     ]
-    picture = torch.ones(1, 3, 96, 64)
-    picture[:, :, size[0] :] = 0
-    picture[:, :, :, size[1] :] = 0
+    image = torch.ones(1, 3, 96, 64)
+    image[:, :, size[0] :] = 0
+    image[:, :, :, size[1] :] = 0
     with torch.no_grad():
-        model.backbone(picture)
+        model.backbone(image)
     for handle in handles:
         handle.remove()
     return seen
@@ -187,17 +187,17 @@ def test_blocks_have_a_mask_during_a_call_and_where_something_is_padded(model):
 
 
 def test_only_the_end_of_an_image_is_padding():
-    picture = torch.zeros(2, 3, 6, 8)
-    picture[0, 1, 4, 2] = -0.5  # all before it is inside: a zero pixel is a pixel
-    picture[1, :, 0, 0] = float("nan")
-    mask = valid_pixel_mask(picture)
+    image = torch.zeros(2, 3, 6, 8)
+    image[0, 1, 4, 2] = -0.5  # all before it is inside: a zero pixel is a pixel
+    image[1, :, 0, 0] = float("nan")
+    mask = valid_pixel_mask(image)
     expected = torch.zeros(2, 6, 8, dtype=torch.bool)
     expected[0, :5, :3] = True
     expected[1, 0, 0] = True
     assert torch.equal(mask, expected)
 
 
-def test_a_bar_of_the_mean_colour_gives_the_same_alone_and_batched():
+def test_a_bar_of_the_mean_color_gives_the_same_alone_and_batched():
     cfg = configured(("res4[-2]", "p3"), {}, model=["MODEL.PIXEL_MEAN", [0.0, 0.0, 0.0]])
     _, model = pair_of(cfg)
     inputs = images(cfg, *SIZES)
@@ -239,7 +239,7 @@ def test_the_mask_leaves_with_the_backbone(way, model):
 
 
 def test_recorded_weights_are_those_the_model_used(model):
-    """Queries of zero look at all keys alike: at those of their own image only."""
+    """Queries of zero attend to all keys alike: to those of their own image only."""
     uniform = copy.deepcopy(model)
     for block in blocks_of(uniform).values():
         nn.init.zeros_(block.theta.weight)

@@ -8,11 +8,11 @@ Changes to the kernels that were made by hand, each of which fails a test here:
   out; the mask of rows without keys, the padding to one width, or the exit from autocast left out
   of the fused form; float16 trained in float16
 - dot product: masked values kept; masked keys counted; autocast let in
-- concatenation: the wrong side of a kink; no ReLU before the first kink; 1 / M left out of the
+- concatenation: the wrong side of a breakpoint; no ReLU before the first one; 1 / M left out of the
   gaps; a slope given to queries above no key, or to keys below no query; the sign of the keys'
-  gradient; infinite gaps of masked keys kept; slope and gap one place apart; masked keys let in
-- all: the leanest way taken while being traced or exported; float16 results, or gradients, not
-  saturated
+  gradient; infinite gaps of masked keys kept; slope and gap one index apart; masked keys let in
+- all: the eager implementation taken while being traced or exported; float16 results, or
+  gradients, not saturated
 """
 
 import math
@@ -55,7 +55,7 @@ def make(kind, batch=2, width=3, values=4, queries=20, keys=17, dtype=torch.floa
 
 
 def make_mask(batch, keys, seed=0, empty_rows=0):
-    """Two thirds of the keys take part; in the first rows none."""
+    """Two thirds of the keys are valid; in the first rows none."""
     mask = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed)) < 0.67
     mask[:empty_rows] = False
     return mask
@@ -69,7 +69,7 @@ def value_and_gradients(function, inputs, seed=0):
 
 
 def assert_same(kind, inputs, mask=None, function=None, **tolerance):
-    """Values with and without gradients, and the gradients, are those of the dense form."""
+    """Values with and without gradients, and the gradients, are the dense ones."""
     tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-11}
     function = function or fast
     expected = value_and_gradients(lambda *x: dense(kind, *x, mask), inputs)
@@ -109,7 +109,7 @@ def test_concatenation_weights_by_hand():
     torch.testing.assert_close(pairwise.concatenation_weights(a, b, mask), expected)
 
 
-# The fast forms.
+# The fast implementations.
 
 
 @exactly_repeated
@@ -230,7 +230,7 @@ def test_repetition_gives_the_same_bits(kind):
 @pytest.mark.parametrize("queries, keys", [(256, 67200), (67200, 256)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_at_many_positions(kind, queries, keys):
-    """Against float64, float32 is no further off than twice the dense form, in its worst place."""
+    """Against float64, float32 is no further off than twice the dense result at its worst."""
     inputs = make(kind, 1, 4, 4, queries, keys, dtype=torch.float32)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     reference = value_and_gradients(lambda *x: dense(kind, *x), exact)
@@ -243,7 +243,7 @@ def test_rounding_at_many_positions(kind, queries, keys):
 
 
 def test_rounding_of_far_away_numbers():
-    """Keys and queries around 1000 whose sums are near 0: the sorted form must not cancel."""
+    """Keys and queries around 1000 whose sums are near 0: the sorted sums must not cancel."""
     a, b, g = make("concatenation", 1, 1, 4, 3000, 2000, dtype=torch.float32)
     inputs = [(a + 1000).detach().requires_grad_(), (b - 1000).detach().requires_grad_(), g]
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -347,7 +347,7 @@ def test_weights_are_never_stored():
 # Transformations: recorded at one size, run at another.
 
 
-class Sums(torch.nn.Module):
+class Attention(torch.nn.Module):
     """One of the functions as a module."""
 
     def __init__(self, kind):
@@ -412,7 +412,7 @@ def test_scripted_gradients(kind):
 @each_kind
 def test_traced(kind, masked):
     recorded, other = recorded_and_other(kind, masked, values=4)
-    traced = torch.jit.trace(Sums(kind), recorded)
+    traced = torch.jit.trace(Attention(kind), recorded)
     torch.testing.assert_close(traced(*other), fast(kind, *other))
 
 
@@ -421,7 +421,7 @@ def test_traced(kind, masked):
 def test_exported(kind, masked):
     recorded, other = recorded_and_other(kind, masked)
     sizes = dynamic_sizes(kind, masked)
-    program = torch.export.export(Sums(kind), recorded, dynamic_shapes=sizes)
+    program = torch.export.export(Attention(kind), recorded, dynamic_shapes=sizes)
     torch.testing.assert_close(program.module()(*other), fast(kind, *other))
 
 
@@ -429,7 +429,7 @@ def test_exported(kind, masked):
 @each_kind
 def test_compiled(kind, masked):
     torch.compiler.reset()
-    compiled = torch.compile(Sums(kind), backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(Attention(kind), backend="aot_eager", fullgraph=True, dynamic=True)
     for inputs in recorded_and_other(kind, masked):
         learning = [x.clone().requires_grad_() for x in inputs[:3]]
         expected = value_and_gradients(lambda *x, i=inputs: fast(kind, *x, *i[3:]), learning)
@@ -454,7 +454,7 @@ def test_onnx(kind, masked, exporter, tmp_path):
     else:
         pytest.importorskip("onnxscript")
     path = str(tmp_path / "sums.onnx")
-    torch.onnx.export(Sums(kind), recorded, path, dynamo=exporter == "dynamo", **options)
+    torch.onnx.export(Attention(kind), recorded, path, dynamo=exporter == "dynamo", **options)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), other)}
     found = torch.from_numpy(session.run(None, feed)[0])

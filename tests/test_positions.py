@@ -1,9 +1,10 @@
 """Positions: the syntax against Python's own indexing, and insertion into CNNs of other projects.
 
-Broken by hand to see a test fail, each of these failed at least one test here:
-an index read as a slice of one; a block before its place instead of after; inserting while later
-positions are still unchecked; blocks that keep their own dtype or mode; a place taken twice, in
-one call or in two; earlier blocks counted as places; channels told by the first inner layer.
+Mutations tried by hand; each makes at least one test here fail:
+an index read as a slice of one; a block before its insertion point instead of after; inserting
+while later positions are still unchecked; blocks that keep their own dtype or mode; an insertion
+point used twice, in one call or in two; earlier blocks counted by an index; channels inferred from
+the first inner layer.
 """
 
 from __future__ import annotations
@@ -57,17 +58,17 @@ def test_slice_is_pythons(names, start, stop, step):
 
 
 @given(
-    place=st.sampled_from(["res4", "p3", "mask_head", "layer3.4", "trunk_output.block1"]),
+    target=st.sampled_from(["res4", "p3", "mask_head", "layer3.4", "trunk_output.block1"]),
     index=st.sampled_from(["", "[0]", "[ -2 ]", "[1::2]", "[:]"]),
     values=st.dictionaries(
-        st.sampled_from(["PAIRWISE", "REDUCTION", "SUBSAMPLE", "WINDOW"]),
+        st.sampled_from(["PAIRWISE", "REDUCTION", "SUBSAMPLE", "WINDOW_SIZE"]),
         st.sampled_from(["dot_product", 4, True, None, 0.5]),
     ),
 )
-def test_settings_are_read_as_python_values(place, index, values):
-    text = " ".join([place + index, *(f"{key}={value}" for key, value in values.items())])
+def test_settings_are_read_as_python_values(target, index, values):
+    text = " ".join([target + index, *(f"{key}={value}" for key, value in values.items())])
     position = parse_position(text)
-    assert (position.text, position.target, position.settings) == (text, place, values)
+    assert (position.text, position.target, position.settings) == (text, target, values)
     assert (position.index is None) == (index == "")
 
 
@@ -86,14 +87,14 @@ def test_any_text_is_a_position_or_one_error(text):
     ["", "res4[", "res4[]x", "res4[1,2]", "res4[a]", "res4[::0]", "res4[1:2:3:4]", "res4 [1]", 4]
     + ["res4[1] PAIRWISE", "res4[1] =2", "res4[1][2]", "res4[1.5]", None],
 )
-def test_what_is_no_position_says_how_to_write_one(text):
+def test_invalid_syntax_gives_examples_of_valid_positions(text):
     with pytest.raises(PositionError, match=r"is not a position.*'res4\[-2\]'") as caught:
         parse_position(text)
     assert repr(text) in str(caught.value)
 
 
 def make_block(channels, **settings):
-    """A block that is not the identity only once its last factor is not zero."""
+    """A block that is the identity until its output convolution is not zero."""
     return NonLocalBlock(channels, norm="", **settings)
 
 
@@ -183,11 +184,11 @@ def small():
     )
 
 
-def test_blocks_take_dtype_and_mode_of_their_neighbours():
+def test_blocks_have_the_dtype_and_mode_of_their_neighbors():
     model = small().double().eval()
     insert_non_local(model, ["0", "1", "2"], lambda channels: NonLocalBlock(channels))
     blocks = [m for m in model.modules() if isinstance(m, NonLocalBlock)]
-    # After the ReLU, which does not tell its channels, there are those of what comes before it.
+    # After the ReLU, which has no number of channels, there are those of the layer before it.
     assert [block.channels for block in blocks] == [8, 8, 4]
     assert {p.dtype for block in blocks for p in block.parameters()} == {torch.float64}
     assert not any(block.training for block in blocks)
@@ -204,14 +205,18 @@ def test_settings_of_a_position_reach_its_block():
 
 
 BAD = {  # positions: what the message must say
-    "unknown place": (["layer9[0]"], "'layer9[0]'", "layer1, layer1.0.downsample"),
+    "unknown target": (["layer9[0]"], "'layer9[0]'", "layer1, layer1.0.downsample"),
     "not in a sequence": (["conv1"], "'conv1'", "layer1"),
     "no index": (["layer3"], "'layer3'", "'layer3[-1]'"),
     "index too high": (["layer3[6]"], "'layer3[6]'", "from 0 to 5, or -1 to -6"),
     "empty slice": (["layer3[4:2]"], "'layer3[4:2]'", "6 blocks"),
     "twice": (["layer3[-2]", "layer3[4]"], "'layer3[4]'", "second block after 4 of layer3"),
-    "twice by a slice": (["layer3[0]", "layer3[::5]"], "'layer3[::5]'", "each place takes one"),
-    "unknown setting": (["layer3[0] colour=red"], "'layer3[0] colour=red'", "colour"),
+    "twice by a slice": (
+        ["layer3[0]", "layer3[::5]"],
+        "'layer3[::5]'",
+        "insertion point takes one",
+    ),
+    "unknown setting": (["layer3[0] color=red"], "'layer3[0] color=red'", "color"),
     "bad value": (["layer3[0] pairwise=cosine"], "'cosine'", "'dot_product'"),
 }
 
@@ -236,10 +241,10 @@ def test_twice_in_two_calls_is_refused():
     insert_non_local(model, ["layer3[0]"], make_block)
     with pytest.raises(PositionError, match="second block"):
         insert_non_local(model, ["layer3.0"], make_block)
-    # A second call counts as the first did: blocks are no places.
+    # A second call counts as the first did: an index does not count blocks.
     assert insert_non_local(model, ["layer3[1]"], make_block) == ["layer3.nl1"]
 
 
-def test_channels_that_nobody_tells_are_an_error():
+def test_channels_that_cannot_be_inferred_are_an_error():
     with pytest.raises(PositionError, match="ReLU, Flatten"):
         output_channels([nn.ReLU(), nn.Flatten()])

@@ -148,14 +148,14 @@ def test_a_corrupt_checkpoint_gives_way_to_the_newest_valid_one(workspace: Works
     (folder / f"0123456789abcdef-model_0000005.pth{TMP_SUFFIX}").write_bytes(b"of a killed run")
     said = workspace.train("damaged", "--resume")
     assert "Starting training from iteration 4" in said
-    assert "model_final.pth, is damaged or missing" in said
+    assert "model_final.pth, is corrupt or missing" in said
     assert_same(state(workspace, "damaged"), expected)
     assert not list(folder.glob(f"*{TMP_SUFFIX}"))
 
     for path in folder.glob("model_*.pth"):
         path.write_bytes(b"")
     said = workspace.train("damaged", "--resume", fails=True)
-    assert "Traceback" not in said and "finds no whole checkpoint" in said
+    assert "Traceback" not in said and "finds no intact checkpoint" in said
     assert (folder / "model_final.pth").read_bytes() == b""
 
 

@@ -1,4 +1,4 @@
-"""Detectors small enough for a test, what goes into them, and what is asked of each."""
+"""Detectors small enough for a test, their inputs, and checks of their outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from nonlocal_det import add_nonlocal_config
 from nonlocal_det.layers import NonLocalBase
 
-# Ours for detectron2's own, by the names under which both are registered.
+# Our component for each of detectron2's, by their registered names.
 OURS = {
     "build_resnet_backbone": "build_nonlocal_resnet_backbone",
     "build_resnet_fpn_backbone": "build_nonlocal_resnet_fpn_backbone",
@@ -89,11 +89,11 @@ def names_without_blocks(model):
 
 
 def images(cfg, *sizes, instances=2):
-    """Inputs of a detector: one a size (height, width), with that many objects on each."""
+    """Inputs of a detector: one per size (height, width), with that many objects on each."""
     generator = torch.Generator().manual_seed(1)
     inputs = []
     for height, width in sizes:
-        picture = torch.randint(0, 256, (3, height, width), generator=generator).float()
+        image = torch.randint(0, 256, (3, height, width), generator=generator).float()
         labels = torch.arange(instances) % cfg.MODEL.ROI_HEADS.NUM_CLASSES
         corner = torch.tensor([[2.0, 3.0], [width / 3, height / 4]])[:instances]
         extent = torch.tensor([[width / 2, height / 2], [width / 2, height / 2]])[:instances]
@@ -101,14 +101,14 @@ def images(cfg, *sizes, instances=2):
         target.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
         target.gt_classes = labels
         target.gt_masks = BitMasks(_inside(target.gt_boxes.tensor, height, width))
-        centre = corner[:, None] + extent[:, None] * torch.rand(
+        points = corner[:, None] + extent[:, None] * torch.rand(
             instances, 17, 2, generator=generator
         )
         visible = torch.full((instances, 17, 1), 2.0)
-        target.gt_keypoints = Keypoints(torch.cat([centre, visible], dim=2))
+        target.gt_keypoints = Keypoints(torch.cat([points, visible], dim=2))
         inputs.append(
             {
-                "image": picture,
+                "image": image,
                 "height": height,
                 "width": width,
                 "instances": target,
@@ -125,7 +125,7 @@ def _inside(boxes, height, width):
 
 
 def losses(model, inputs):
-    """The losses of one training step; their sum is sent backward."""
+    """The losses of one training step, after the backward pass of their sum."""
     model.train()
     torch.manual_seed(2)
     model.zero_grad()
@@ -137,13 +137,13 @@ def losses(model, inputs):
 
 
 def features(model, inputs):
-    """The backbone's outputs for the first picture."""
+    """The backbone's outputs for the first image."""
     with torch.no_grad():
         return model.backbone(inputs[0]["image"][None] / 64 - 2)
 
 
 def outputs(model, inputs):
-    """All tensors that a model and its backbone give for inputs, by name."""
+    """All output tensors of a model and its backbone, by name."""
     with torch.no_grad():
         given = {"backbone": features(model, inputs), "all": model(inputs)}
     return dict(_tensors("", given))
@@ -165,14 +165,14 @@ def _tensors(name, value):
 
 
 def assert_same(given, expected):
-    """Bit for bit; and that there is something to compare."""
+    """Check that tensors are equal bit for bit, and that there are any."""
     assert given.keys() == expected.keys() and expected
     for name, tensor in expected.items():
         assert torch.equal(given[name], tensor), name
 
 
 def wake(model):
-    """Give the zero factor of every block, and its running statistics, other values."""
+    """Give the zero factor of every block a random value, so that it is not the identity."""
     torch.manual_seed(3)
     for block in blocks_of(model).values():
         for tensor in (*block.out.parameters(), *block.norm.parameters()):

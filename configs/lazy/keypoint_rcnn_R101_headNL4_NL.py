@@ -13,7 +13,7 @@ model.backbone.bottom_up._target_ = "nonlocal_det.modeling.nonlocal_resnet"
 model.backbone.bottom_up.stages.depth = 101
 model.backbone.bottom_up.positions = ["res4[-2]"]
 model.backbone.bottom_up.make_block = L(nonlocal_block_factory)(
-    NORM="", SUBSAMPLE=True, POOL_FIRST=True
+    norm="", subsample=True, pool_first=True
 )
 train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-101.pkl"
 
@@ -21,4 +21,4 @@ model.roi_heads.keypoint_head._target_ = (
     "nonlocal_det.modeling.heads.NonLocalKRCNNConvDeconvUpsampleHead"
 )
 model.roi_heads.keypoint_head.positions = ["keypoint_head[1::2]"]
-model.roi_heads.keypoint_head.make_block = L(nonlocal_block_factory)(NORM="")
+model.roi_heads.keypoint_head.make_block = L(nonlocal_block_factory)(norm="")

@@ -12,5 +12,5 @@ optimizer, train = _zoo.optimizer, _zoo.train
 model.backbone.bottom_up._target_ = "nonlocal_det.modeling.nonlocal_resnet"
 model.backbone.bottom_up.positions = ["res4[-2]"]
 model.backbone.bottom_up.make_block = L(nonlocal_block_factory)(
-    NORM="", SUBSAMPLE=True, POOL_FIRST=True
+    norm="", subsample=True, pool_first=True
 )

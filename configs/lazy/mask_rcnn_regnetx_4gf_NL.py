@@ -1,4 +1,4 @@
-"""One block after an output of a backbone that is no ResNet: RegNetX-4GF's third stage."""
+"""One block in a backbone other than a ResNet: after the third stage of RegNetX-4GF."""
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
@@ -13,5 +13,5 @@ model.backbone.in_features = ["s1", "s2", "s3", "s4"]
 model.backbone.bottom_up = L(insert_after_outputs)(
     backbone=model.backbone.bottom_up,
     positions=["s3"],
-    make_block=L(nonlocal_block_factory)(NORM="", SUBSAMPLE=True, POOL_FIRST=True),
+    make_block=L(nonlocal_block_factory)(norm="", subsample=True, pool_first=True),
 )

@@ -1,1 +1,1 @@
-"""Checkpoints: load reports, atomic writing, and converters of other code's weights."""
+"""Checkpoints: load reports, atomic writing, and conversion of other projects' weights."""

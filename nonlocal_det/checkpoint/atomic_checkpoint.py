@@ -1,4 +1,4 @@
-"""Checkpoints that are whole at any moment, and resuming from the last of them."""
+"""Atomic writing of checkpoints, and resuming from the latest intact one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .detection_checkpoint import NonLocalCheckpointer
 
 
 class AtomicCheckpointer(NonLocalCheckpointer):
-    """detectron2's checkpointer, safe against a program that ends at any moment.
+    """`NonLocalCheckpointer` whose files stay intact if the program is killed at any moment.
 
-    A checkpoint, and ``last_checkpoint``, which names the last one, is replaced in one step by a
-    file that is on the disk already. Weights that are not finite are not saved.
+    A checkpoint and ``last_checkpoint``, which names the latest one, are written to a temporary
+    file that then replaces them atomically. Non-finite weights are not saved.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
@@ -28,38 +28,42 @@ class AtomicCheckpointer(NonLocalCheckpointer):
         self.path_manager = _AtomicPathManager()
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save as ``<name>.pth``, and name it in ``last_checkpoint``.
+        """Save as ``<name>.pth`` and update ``last_checkpoint``.
 
         Raises:
-            FloatingPointError: if a weight is not finite.
-            OSError: if the disk is full.
+            FloatingPointError: If a weight is not finite.
+            OSError: If the file cannot be written, for instance because the disk is full.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         wrong = nonfinite_parameters(self.model)
         if wrong:
             raise FloatingPointError(
-                f"{name}.pth was not written: weights are not finite, {wrong[0]} for one, though "
+                f"{name}.pth was not written: weights such as {wrong[0]} are not finite, although "
                 f"the losses were."
             )
-        remove_stale_temp_files(self.save_dir)  # only one process saves: it is alone here
+        remove_stale_temp_files(self.save_dir)  # safe: only one process saves
         super().save(name, **kwargs)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As detectron2's; where the last checkpoint is damaged, from the newest that is whole.
+        """Load like detectron2; if the latest checkpoint is corrupt, load the newest intact one.
+
+        Args:
+            path: Path of the initial weights, used unless a checkpoint is resumed.
+            resume: Whether to resume from the latest checkpoint in the output folder, if any.
 
         Raises:
-            OSError: if there are checkpoints, and none of them is whole.
+            OSError: If there are checkpoints, but none is intact.
         """
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=False)
-        # One process looks, for all must take the same.
+        # One process searches, because all must load the same file.
         found = comm.all_gather(self._latest_intact() if comm.is_main_process() else "")[0]
         if not found:
             raise OSError(
-                f"--resume finds no whole checkpoint in {self.save_dir!r}: "
-                f"{self.get_checkpoint_file()!r} is damaged or missing, and so are all others. "
-                f"Bring one back, or start anew without --resume."
+                f"--resume finds no intact checkpoint in {self.save_dir!r}: "
+                f"{self.get_checkpoint_file()!r} is corrupt or missing, and so are all others. "
+                f"Restore one, or restart without --resume."
             )
         return self.load(found)
 
@@ -73,15 +77,15 @@ class AtomicCheckpointer(NonLocalCheckpointer):
         for file in sorted(saved, key=os.path.getmtime, reverse=True):
             if is_intact(file):
                 self.logger.warning(
-                    f"The last checkpoint, {named}, is damaged or missing: training goes on from "
-                    f"{file}, the newest that is whole."
+                    f"The latest checkpoint, {named}, is corrupt or missing: resuming from {file}, "
+                    f"the newest intact one."
                 )
                 return file
         return ""
 
 
 class _AtomicPathManager:
-    """detectron2's PathManager, except that local files are written whole."""
+    """detectron2's PathManager, except that local files are written atomically."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(PathManager, name)
@@ -93,14 +97,14 @@ class _AtomicPathManager:
 
 
 def nonfinite_parameters(model: nn.Module) -> list[str]:
-    """The names of parameters that hold an infinity or a NaN."""
+    """Names of the parameters that contain an infinity or a NaN."""
     return [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
 
 
 def is_intact(path: str) -> bool:
-    """Whether a checkpoint is all there, by the checksums in it, which torch does not look at."""
+    """Whether a checkpoint is complete and undamaged, by its checksums, which torch ignores."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except Exception:  # a damaged header may say, and then raise, anything
+    except Exception:  # a corrupt header can raise anything
         return False

@@ -1,10 +1,9 @@
-"""Weights of other implementations of the non-local block, under this one's names.
+"""Conversion of weights from other implementations of the non-local block.
 
-Each function takes the tensors of one block, by the names they have below it, and returns the state
-of a `NonLocalBlock`, for ``load_state_dict``. Outputs are then equal for the settings it names.
-Blocks with BN give ``out`` no bias here: theirs is taken off the running mean, which is the same
-thing. All of them but this one round borders down when they pool: with ``subsample``, outputs are
-equal for even heights and widths.
+Each function takes the tensors of one block, by their names relative to it, and returns the state
+dict of a `NonLocalBlock`. With the settings it lists, outputs are equal. With BN, ``out`` has no
+bias here: it is subtracted from the running mean, which is equivalent. The other implementations
+round sizes down when they pool: with ``subsample``, outputs are equal for even heights and widths.
 
 Sources: mmcv (open-mmlab/mmcv, ``mmcv/cnn/bricks/non_local.py``), AlexHex7/Non-local_pytorch
 (``lib/non_local_*.py``), facebookresearch/video-nonlocal-net (``lib/models/nonlocal_helper.py``).
@@ -22,14 +21,17 @@ _EMBEDDINGS = ("theta", "phi", "g")
 
 
 def convert_mmcv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The ``NonLocal1d``, ``NonLocal2d``, ``NonLocal3d`` of mmcv.
+    """Convert a ``NonLocal1d``, ``NonLocal2d`` or ``NonLocal3d`` of mmcv.
 
-    Settings for equal outputs: ``pairwise`` its ``mode``; ``scale`` its ``use_scale``, True by
-    default; ``subsample`` its ``sub_sample``; ``inner_channels`` channels // its ``reduction``;
-    ``norm`` "BN" or "GN" as its ``norm_cfg``, "" without one.
+    Settings for equal outputs: ``pairwise`` as its ``mode``; ``scale`` as its ``use_scale``, True
+    by default; ``subsample`` as its ``sub_sample``; ``inner_channels`` of channels // its
+    ``reduction``; ``norm`` "BN" or "GN" as its ``norm_cfg``, "" without one.
+
+    Args:
+        state: Tensors of the block.
 
     Raises:
-        ValueError: for names that no such block has.
+        ValueError: If the names are not those of such a block.
     """
     names = {"conv_out.conv": "out", "concat_project.conv.weight": "w_f"}
     names.update({f"conv_out.{norm}": "norm" for norm in ("bn", "gn")})
@@ -39,14 +41,17 @@ def convert_mmcv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_alexhex7(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """AlexHex7's ``NONLocalBlock1D``, ``NONLocalBlock2D``, ``NONLocalBlock3D``, of all four files.
+    """Convert AlexHex7's ``NONLocalBlock1D``, ``NONLocalBlock2D`` or ``NONLocalBlock3D``.
 
-    Settings for equal outputs: ``pairwise`` the one that its file is named after; ``subsample`` its
-    ``sub_sample``, True by default; ``norm`` "BN" with its ``bn_layer``, which is its default, else
-    ""; ``scale`` False.
+    Settings for equal outputs: ``pairwise`` as in the name of its file; ``subsample`` as its
+    ``sub_sample``, True by default; ``norm`` "BN" with its ``bn_layer``, the default, else "";
+    ``scale`` False.
+
+    Args:
+        state: Tensors of the block.
 
     Raises:
-        ValueError: for names that no such block has.
+        ValueError: If the names are not those of such a block.
     """
     names = {"W.0": "out", "W.1": "norm", "W": "out", "concat_project.0.weight": "w_f"}
     names.update({f"{e}{first}": e for e in _EMBEDDINGS for first in (".0", "")})
@@ -54,20 +59,20 @@ def convert_alexhex7(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_caffe2(blobs: Mapping[str, Any], prefix: str, dims: int = 2) -> dict[str, Tensor]:
-    """The blobs of one block of the paper's release.
+    """Convert one block of the official Caffe2 code.
 
-    Settings for equal outputs: ``pool_first`` and ``subsample`` True, for its USE_MAXPOOL;
-    ``scale`` True, for its USE_SCALE; ``pairwise`` "dot_product" without its USE_SOFTMAX; ``norm``
-    "BN" with its USE_BN. With its USE_AFFINE, or neither, ``norm`` "": the frozen scale and shift
-    are multiplied into ``out``.
+    Settings for equal outputs: ``pool_first`` and ``subsample`` True with its USE_MAXPOOL;
+    ``scale`` True with its USE_SCALE; ``pairwise`` "dot_product" without its USE_SOFTMAX; ``norm``
+    "BN" with its USE_BN, else "". With its USE_AFFINE, the frozen scale and shift are multiplied
+    into ``out``.
 
     Args:
-        blobs: arrays by name, those of the whole model as well.
-        prefix: of the block's blobs, such as ``"nonlocal_conv4_4"``.
-        dims: of the new block. The release's kernels are 1 x 1 x 1.
+        blobs: Arrays by name; those of the entire model are accepted.
+        prefix: Prefix of the block's blobs, such as ``"nonlocal_conv4_4"``.
+        dims: Number of spatial dimensions of the new block. The Caffe2 kernels are 1 x 1 x 1.
 
     Raises:
-        ValueError: if there are no such blobs, or the names are not those of a block.
+        ValueError: If there are no such blobs, or the names are not those of a block.
     """
     state = {
         name[len(prefix) + 1 :]: torch.as_tensor(blob)
@@ -78,19 +83,21 @@ def convert_caffe2(blobs: Mapping[str, Any], prefix: str, dims: int = 2) -> dict
     names.update({"bn_rm": "norm.running_mean", "bn_riv": "norm.running_var"})
     for part in (*_EMBEDDINGS, "out"):
         names.update({f"{part}_w": f"{part}.weight", f"{part}_b": f"{part}.bias"})
-    block = _rename(state, names, f"the Caffe2 release, after {prefix!r}")
+    block = _rename(state, names, f"the Caffe2 code, after {prefix!r}")
     for part in ("g", "out", *(("theta", "phi") if "theta.weight" in block else ())):
         weight = block[f"{part}.weight"]
         block[f"{part}.weight"] = weight.reshape(*weight.shape[:2], *[1] * dims)
-        # NO_BIAS leaves them out.
+        # With its NO_BIAS there are none.
         block.setdefault(f"{part}.bias", weight.new_zeros(weight.shape[0]))
     if "norm.weight" in block and "norm.running_mean" not in block:
         _fold_affine(block)
     return _finish(block)
 
 
-def _rename(state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> dict[str, Tensor]:
-    """The tensors under the names that ``names`` gives to them or to the modules they are in."""
+def _rename(
+    state: Mapping[str, Tensor], names: Mapping[str, str], source: str
+) -> dict[str, Tensor]:
+    """Rename tensors; ``names`` maps names of tensors, or of the modules that contain them."""
     renamed = {}
     for key, value in state.items():
         parent, _, leaf = key.rpartition(".")
@@ -100,21 +107,19 @@ def _rename(state: Mapping[str, Tensor], names: Mapping[str, str], what: str) ->
             renamed[f"{names[parent]}.{leaf}"] = value
         else:
             raise ValueError(
-                f"{key!r} is no tensor of {what}; there are {', '.join(sorted(names))}."
+                f"{key!r} is not a tensor of {source}; it has {', '.join(sorted(names))}."
             )
     embedded = {"theta.weight", "phi.weight"}
-    # The Gaussian form has neither theta nor phi.
+    # A block with the Gaussian function has neither theta nor phi.
     expected = {"g.weight", "out.weight", *(embedded if embedded & renamed.keys() else ())}
     missing = expected - renamed.keys()
     if missing:
-        raise ValueError(
-            f"{', '.join(sorted(missing))} would be missing: a block of {what} has it."
-        )
+        raise ValueError(f"{', '.join(sorted(missing))} is missing, which a block of {source} has.")
     return renamed
 
 
 def _finish(block: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make w_f a vector, and move the bias of ``out`` to where it is with a norm."""
+    """Flatten w_f, and under a norm fold the bias of ``out`` into the running mean."""
     if "w_f" in block:
         block["w_f"] = block["w_f"].flatten()
     if "norm.weight" not in block:
@@ -129,7 +134,7 @@ def _finish(block: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fold_affine(block: dict[str, Tensor]) -> None:
-    """Multiply a frozen scale and shift after ``out`` into it."""
+    """Multiply the frozen scale and shift after ``out`` into its weight and bias."""
     scale, shift = block.pop("norm.weight"), block.pop("norm.bias")
     weight = block["out.weight"]
     block["out.weight"] = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))

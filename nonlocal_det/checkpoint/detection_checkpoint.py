@@ -1,4 +1,4 @@
-"""Loading weights into a model with blocks, and saying in one line what was loaded."""
+"""Loading weights into a model with blocks, with a one-line report of what was loaded."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..layers.base import NonLocalBase
 
 
 class NonLocalCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer, which after loading tells new blocks from what went wrong.
+    """detectron2's checkpointer, whose report tells new blocks from tensors missing by mistake.
 
-    Also reads torchvision's ResNets as they are. They take images in RGB, with a standard
-    deviation, and STRIDE_IN_1X1 False.
+    It also loads torchvision's ResNet checkpoints directly. Such models need RGB images, a pixel
+    standard deviation, and STRIDE_IN_1X1 False.
 
     Attributes:
-        load_report: `LoadReport` of the latest loading.
+        load_report: `LoadReport` of the latest load.
     """
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -38,14 +38,14 @@ class NonLocalCheckpointer(DetectionCheckpointer):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading did to a model, by the names of tensors.
+    """Result of loading a checkpoint into a model.
 
     Attributes:
-        loaded: were in the checkpoint.
-        new: blocks, by name, of which nothing was.
-        missing: others that were not.
-        incorrect_shapes: were, in another shape.
-        unexpected: of the checkpoint, in no model's place.
+        loaded: Tensors of the model that were loaded.
+        new_blocks: Blocks of which the checkpoint has no tensor.
+        missing_keys: Other tensors of the model that the checkpoint does not have.
+        incorrect_shapes: Tensors that have another shape in the checkpoint.
+        unexpected_keys: Tensors of the checkpoint that the model does not have.
     """
 
     loaded: set[str]
@@ -61,14 +61,14 @@ class LoadReport:
             if self.new_blocks
             else "no new block"
         )
-        for what, keys in (
+        for problem, keys in (
             ("not in the checkpoint", self.missing_keys),
             ("of another shape", self.incorrect_shapes),
             ("unexpected in the checkpoint", self.unexpected_keys),
         ):
             if keys:
                 shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-                parts.append(f"{len(keys)} {what}: {shown}")
+                parts.append(f"{len(keys)} {problem}: {shown}")
         return "; ".join(parts) + "."
 
 
@@ -80,7 +80,7 @@ def _load_report(model: nn.Module, incompatible: Any) -> LoadReport:
         for name, module in model.named_modules()
         if isinstance(module, NonLocalBase)
     }
-    # A block of which something was loaded is not new: what it lacks is then reported.
+    # A block with any loaded tensor is not new: the ones it lacks are reported as missing.
     new = [name for name, keys in keys_of.items() if keys <= missing]
     return LoadReport(
         loaded=model.state_dict().keys() - missing - incorrect_shapes,
@@ -92,7 +92,7 @@ def _load_report(model: nn.Module, incompatible: Any) -> LoadReport:
 
 
 def convert_torchvision(weights: dict[str, Any]) -> dict[str, Any]:
-    """A torchvision ResNet's tensors under detectron2's names: ``layer1`` is ``res2``."""
+    """Rename a torchvision ResNet's tensors to detectron2's names: ``layer1`` is ``res2``."""
     renamed = {}
     for key, value in weights.items():
         name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", key)

@@ -1,5 +1,6 @@
-"""Non-local mechanisms: tensors in, tensors out. Knows torch only."""
+"""Non-local blocks, one module per mechanism. They depend on torch alone."""
 
+from ..utils.deprecation import renamed_attributes
 from .base import NonLocalBase
 from .compact_generalized import KERNELS, CompactGeneralizedNonLocalBlock
 from .disentangled import DisentangledNonLocalBlock
@@ -12,7 +13,7 @@ MECHANISMS = {
     "global_context": GlobalContextBlock,
     "disentangled": DisentangledNonLocalBlock,
     "compact_generalized": CompactGeneralizedNonLocalBlock,
-    "grouped": WindowedNonLocalBlock,
+    "windowed": WindowedNonLocalBlock,
 }
 
 __all__ = [
@@ -22,7 +23,16 @@ __all__ = [
     "CompactGeneralizedNonLocalBlock",
     "DisentangledNonLocalBlock",
     "GlobalContextBlock",
-    "WindowedNonLocalBlock",
     "NonLocalBase",
     "NonLocalBlock",
+    "WindowedNonLocalBlock",
 ]
+
+__getattr__ = renamed_attributes(
+    __name__,
+    {
+        "CompactGeneralizedBlock": "CompactGeneralizedNonLocalBlock",
+        "DisentangledBlock": "DisentangledNonLocalBlock",
+        "GroupedNonLocalBlock": "WindowedNonLocalBlock",
+    },
+)

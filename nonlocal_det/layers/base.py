@@ -1,18 +1,18 @@
-"""What every non-local mechanism shares: a residual branch that starts as the identity.
+"""The base class of all non-local blocks: a residual branch that starts as the identity.
 
     z = x + norm(out(aggregate(x)))
 
-Letters of shapes: B batch, C channels, D inner channels; ``*S`` is one, two or three spatial
+Shape symbols: B batch, C channels, D inner channels; ``*S`` is one, two or three spatial
 dimensions, in the order (T, H, W), (H, W) or (L,).
 
-Masks say which positions take part. One that does not gives nothing to the others, counts in no
-mean, and comes out as it went in. (The running statistics of a batch norm in training are those of
+Masks are True at valid positions. A masked position contributes nothing to the others, counts in no
+mean, and its output is its input. (The running statistics of a batch norm in training are those of
 all positions.)
 
 Precision: convolutions run in the dtype of the module, or of autocast; softmaxes, means, sums over
-positions and the statistics of norms are float32 or better, whatever these are. What would exceed
-the range of float16 stays at its end, 65504, instead of becoming inf and then, in a norm or times a
-zero, NaN. The output has the dtype of the input.
+positions and the statistics of norms are computed in float32 or better. Values beyond the range of
+float16 are clamped to +-65504 instead of becoming inf and then, in a norm or times a zero, NaN. The
+output has the dtype of the input.
 """
 
 from __future__ import annotations
@@ -23,21 +23,32 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..utils.deprecation import renamed_method, renamed_value
 from ..utils.validation import check_choice, check_positive_int
 from .casting import saturating_cast
 from .masks import resize_mask
 from .norms import Norm, make_norm, masked_group_norm
 from .shapes import CONV, check_input
 
-_INITS = ("he", "gaussian")
-# TorchScript wants a tensor where there can be one.
+_INITS = ("kaiming", "normal")
+_RENAMED_INITS = {"he": "kaiming", "gaussian": "normal"}
+# An empty tensor, not None: the type of a TorchScript attribute cannot change.
 NO_PIXEL_MASK = torch.zeros(0, dtype=torch.bool)
 
 
 def init_conv(conv: nn.Module, init: str) -> None:
-    """Fill a convolution: "he", as papers say, or "gaussian", of std 0.01; its bias with zeros."""
+    """Initialize a convolution's weights, in place, and set its bias to zero.
+
+    Args:
+        conv: The convolution.
+        init: "kaiming" for `nn.init.kaiming_normal_`, or "normal" for a standard deviation of 0.01.
+
+    Raises:
+        ValueError: If ``init`` is neither.
+    """
+    init = renamed_value("init", init, _RENAMED_INITS)
     check_choice("init", init, _INITS)
-    if init == "he":
+    if init == "kaiming":
         nn.init.kaiming_normal_(conv.weight)
     else:
         nn.init.normal_(conv.weight, std=0.01)
@@ -46,28 +57,29 @@ def init_conv(conv: nn.Module, init: str) -> None:
 
 
 class NonLocalBase(nn.Module):
-    """A mechanism's frame: (B, C, *S) in, the same shape and dtype out, the identity when new.
+    """Base class of all blocks: (B, C, *S) to the same shape and dtype, the identity when new.
 
-    A mechanism writes `aggregate`, which gives the inner features that ``out`` brings back to the
-    input's channels, and `_attention_weights`, which gives the weights behind them.
+    A subclass implements `aggregate`, which computes the inner features that the output convolution
+    ``out`` projects to the input's channels, and `_attention_weights`, the weights behind them.
 
     Args:
-        channels: C, of input and output.
-        dims: number of spatial dimensions, 1, 2 or 3.
-        inner_channels: D, or None for C / ``reduction``, at least 1.
-        norm: after the output convolution: "BN", "SyncBN", "GN", "" for none, or a callable from
-            a number of channels to a module.
-        reduction: C / D where ``inner_channels`` is None.
-        out_groups: channel groups of the output convolution.
+        channels: Number of input and output channels, C.
+        dims: Number of spatial dimensions, 1, 2 or 3.
+        inner_channels: Number of inner channels, D, or None for C / ``reduction``, at least 1.
+        norm: Norm after the output convolution: "BN", "SyncBN", "GN", "" for none, or a callable
+            from a number of channels to a module.
+        reduction: Ratio C / D where ``inner_channels`` is None.
+        out_groups: Number of channel groups of the output convolution.
 
     Attributes:
         pixel_mask: Boolean (B, H, W) mask at the resolution of the input images, True on real
-            pixels, or `NO_PIXEL_MASK`. Set temporarily where no mask can be passed to `forward`,
-            as inside an ``nn.Sequential``.
+            pixels (not padding), or `NO_PIXEL_MASK`. Set it temporarily where no mask can be
+            passed to `forward`, as inside an ``nn.Sequential``. The sign is the opposite of
+            torch's ``key_padding_mask``.
 
     Raises:
-        ValueError: for a value that is not a choice, with the choices; for a norm whose gamma
-            cannot learn.
+        ValueError: If an argument is not one of its choices, which the message lists, or the norm
+            has no learnable gamma.
     """
 
     def __init__(
@@ -101,18 +113,18 @@ class NonLocalBase(nn.Module):
         """Zero the last learned factor of the branch: the norm's gamma, or ``out`` without a norm.
 
         Raises:
-            ValueError: if that factor is frozen, so that the block could never learn.
+            ValueError: If that factor is frozen, so that the block could never learn.
         """
         if isinstance(self.norm, nn.Identity):
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
             return
-        init_conv(self.out, "he")
+        init_conv(self.out, "kaiming")
         gamma = getattr(self.norm, "weight", None)
         if not isinstance(gamma, nn.Parameter) or not gamma.requires_grad:
             raise ValueError(
                 f"norm is {type(self.norm).__name__}, whose gamma cannot be learned: a new block "
-                f"starts with a zero gamma and would stay zero for ever. Use 'BN', 'SyncBN' or "
+                f"starts with a zero gamma and would stay zero forever. Use 'BN', 'SyncBN' or "
                 f"'GN', or '' for none (then the output convolution starts at zero)."
             )
         nn.init.zeros_(gamma)
@@ -121,9 +133,12 @@ class NonLocalBase(nn.Module):
             nn.init.zeros_(beta)
 
     def freeze(self) -> NonLocalBase:
-        """Stop learning for good: no gradients, and norms keep their running statistics.
+        """Freeze the block permanently: no gradients, and norms keep their running statistics.
 
         A new block that is frozen stays the identity.
+
+        Returns:
+            The block itself.
         """
         self.requires_grad_(False)
         self.frozen = True
@@ -134,18 +149,19 @@ class NonLocalBase(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Add what the positions gather from each other.
+        """Add the non-local residual to the input.
 
         Args:
-            x: (B, C, *S).
-            mask: boolean (B, *S), True where a position takes part, or None for what
-                ``pixel_mask`` says, or all.
+            x: Input features, (B, C, *S).
+            mask: Boolean (B, *S), True at valid positions. None stands for ``pixel_mask`` resized,
+                or without one for all positions.
 
         Returns:
-            (B, C, *S), in the dtype of ``x``.
+            Output features, (B, C, *S), in the dtype of ``x``.
 
         Raises:
-            ValueError: for an ``x`` of other dimensions, or a mask of another shape or dtype.
+            ValueError: If ``x`` has another number of dimensions, or the mask another shape or
+                dtype.
         """
         mask = self.resolve_mask(x, mask)
         check_input(x, mask, self.dims)
@@ -155,7 +171,7 @@ class NonLocalBase(nn.Module):
         return z if mask is None else torch.where(mask.unsqueeze(1), z, x)
 
     def _normalize(self, branch: Tensor, mask: Optional[Tensor]) -> Tensor:
-        # The one norm whose statistics at inference are the picture's own.
+        # Group norm: the one norm whose statistics at inference are those of the image itself.
         if hasattr(self.norm, "num_groups"):
             if mask is not None and branch.shape[2:] == mask.shape[1:]:
                 norm = self.norm
@@ -165,34 +181,46 @@ class NonLocalBase(nn.Module):
         return self.norm(branch)
 
     def resolve_mask(self, x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
-        """The mask (B, *S) with which `forward` runs when it is called with these."""
+        """The mask (B, *S) that `forward` uses for these arguments, or None for all positions."""
         if mask is None and self.pixel_mask.dim() == 3:
             return resize_mask(self.pixel_mask, x)
         return mask
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """(B, C, *S) and a mask (B, *S) or None to (B, D, *S), or (B, D, 1, ...) for all alike."""
+        """Compute the inner features that ``out`` projects back to the input's channels.
+
+        Args:
+            x: Input features, (B, C, *S).
+            mask: Boolean (B, *S), True at valid positions, or None for all.
+
+        Returns:
+            Inner features, (B, D, *S), or (B, D, 1, ...) if all positions share them.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define aggregate.")
 
     def attention_weights(
         self, x: Tensor, queries: Tensor, mask: Optional[Tensor] = None
     ) -> Tensor:
-        """The weights with which chosen positions look at all keys; only those rows are computed.
+        """Compute the attention weights of chosen query positions over all keys, and no others.
 
         Args:
-            x: (B, C, *S), the block's input.
-            queries: integer (Q,), positions counted in row-major order over S.
-            mask: as in `forward`.
+            x: Input features, (B, C, *S).
+            queries: Integer (Q,), query positions as row-major indices into S.
+            mask: Boolean (B, *S), True at valid positions, or None for all.
 
         Returns:
-            (B, Q, *K), K the spatial shape of the keys: S, or S subsampled, rounded up.
+            Attention weights, (B, Q, *K), where K is the spatial shape of the keys: S, or S
+            subsampled, rounded up.
 
         Raises:
-            ValueError: as `forward`.
+            ValueError: If ``x`` has another number of dimensions, or the mask another shape or
+                dtype.
         """
         check_input(x, mask, self.dims)
         return self._attention_weights(x, queries, mask)
 
     def _attention_weights(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """What `attention_weights` returns, for arguments already checked."""
-        raise NotImplementedError(f"{type(self).__name__} does not define rows.")
+        """Compute what `attention_weights` returns, from arguments already checked."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _attention_weights.")
+
+    attention = renamed_method("attention", "attention_weights")

@@ -1,7 +1,7 @@
-"""Half precision in, half precision out, float32 (or float64) in between.
+"""Casts around computations in float32 (or float64) whose inputs and outputs are half precision.
 
-float16 ends at 65504, well within reach of a sum of products: what lies beyond it is saturated, in
-results and in gradients, so that no infinity enters a network.
+A sum of products easily exceeds the range of float16: results and gradients are clamped to +-65504,
+so that no infinity enters a network.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from torch.autograd.function import once_differentiable
 
 
 def accum_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 where ``x`` is."""
+    """The dtype that sums over ``x`` accumulate in: float32, or float64 if ``x`` has it."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def upcast(x: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
-    """Cast to ``dtype``, by default `accum_dtype`; the gradient that comes back is saturated."""
-    wide = accum_dtype(x) if dtype is None else dtype
+    """Cast to ``dtype``, by default `accum_dtype`; float16 gradients are clamped to +-65504."""
+    target = accum_dtype(x) if dtype is None else dtype
     if not torch.jit.is_scripting():
-        if x.dtype == torch.float16 and wide != torch.float16 and x.requires_grad:
-            return _Upcast.apply(x, wide)
-    return x.to(wide)
+        if x.dtype == torch.float16 and target != torch.float16 and x.requires_grad:
+            return _Upcast.apply(x, target)
+    return x.to(target)
 
 
 def saturating_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast to ``dtype``, saturating where that is float16."""
+    """Cast to ``dtype``; float16 results are clamped to +-65504."""
     if dtype == torch.float16:
-        x = x.clamp(-65504.0, 65504.0)  # its largest number
+        x = x.clamp(-65504.0, 65504.0)
     return x.to(dtype)
 
 
 def upcast_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """Matrix product in float32 or float64, whatever autocast says."""
+    """Matrix product in float32 or float64, even under autocast."""
     x, y = upcast(x), upcast(y)
     if not torch.jit.is_scripting():
         if torch.is_autocast_enabled(x.device.type):

@@ -3,13 +3,13 @@
     y_i = sum_j [softmax_j((theta_i - mean theta) . (phi_j - mean phi)) + softmax_j(m_j)] g_j
 
 Paper: Yin, Yao, Cao, Li, Zhang, Lin, Hu, "Disentangled Non-Local Neural Networks", ECCV 2020
-(arXiv 2006.06668), section 4. m_j = W_m x_j is one number a position, shared by all queries.
+(arXiv 2006.06668), section 4. m_j = W_m x_j is one number per position, shared by all queries.
 
-Deviations: no temperature (the released code divides the logits by 0.05 for segmentation, by 1 for
-detection); both terms start at full weight and the block's own zero-initialised factor makes it
-the identity, where the released code for detection zeroes a factor of the pairwise term only.
-``scale`` divides the pairwise logits by sqrt(D), as the released code does. Means are taken over
-the positions that take part; those of the keys over the subsampled keys.
+Deviations from the official code: no temperature (it divides the logits by 0.05 for segmentation,
+by 1 for detection); both terms start at full weight and the block's own zero-initialized factor
+makes it the identity, where the code for detection zeroes a factor of the pairwise term only.
+``scale`` divides the pairwise logits by sqrt(D), as that code does. Means are taken over valid
+positions; those of the keys over the subsampled keys.
 
 Cost: that of the embedded Gaussian block plus O(N (C + D)).
 """
@@ -30,14 +30,13 @@ from .shapes import CONV, unflatten_spatial
 
 
 class DisentangledNonLocalBlock(NonLocalBlock):
-    """An embedded Gaussian block without the saliency of keys, which a term of its own adds back.
+    """Disentangled non-local block (DNL): whitened pairwise term plus a unary saliency term.
 
-    Args:
-        channels, dims, inner_channels, subsample, pool_first, scale, norm, init: as in
-            `NonLocalBlock`.
+    The arguments are those of `NonLocalBlock`, except for the pairwise function, which is always
+    the embedded Gaussian.
 
     Raises:
-        ValueError: for a value that is not a choice, with the choices.
+        ValueError: If an argument is not one of its choices, which the message lists.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class DisentangledNonLocalBlock(NonLocalBlock):
         pool_first: bool = False,
         scale: bool = False,
         norm: Norm = "BN",
-        init: str = "he",
+        init: str = "kaiming",
     ) -> None:
         super().__init__(
             channels,
@@ -66,7 +65,7 @@ class DisentangledNonLocalBlock(NonLocalBlock):
         init_conv(self.w_m, init)
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """The sums of both terms, (B, D, *S)."""
+        """Attention output of both terms, (B, D, *S)."""
         theta = _whiten(self._queries(x).flatten(2), downsample_mask(mask))
         phi, g, keys = self._keys_and_values(x, mask)
         phi, g = _whiten(phi.flatten(2), keys), g.flatten(2)
@@ -74,7 +73,7 @@ class DisentangledNonLocalBlock(NonLocalBlock):
         return unflatten_spatial(self._attend(theta, phi, g, keys) + unary, x)
 
     def _attention_weights(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """The sum of both softmaxes: each row adds up to two."""
+        """Sum of both softmaxes: each row adds up to two."""
         theta = _whiten(self._queries(x).flatten(2), downsample_mask(mask))[:, :, queries]
         phi, _, keys = self._keys_and_values(x, mask)
         pairwise = self._weights(theta, _whiten(phi.flatten(2), keys), keys)
@@ -82,7 +81,7 @@ class DisentangledNonLocalBlock(NonLocalBlock):
         return unflatten_spatial(pairwise + unary, phi)
 
     def _unary(self, x: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """The unary logits m (B, 1, M), subsampled as the keys are."""
+        """Unary logits m (B, 1, M), subsampled like the keys."""
         if self.pool_first:
             m = self.w_m(masked_max_pool(x, self.stride, mask))
         else:
@@ -91,14 +90,14 @@ class DisentangledNonLocalBlock(NonLocalBlock):
 
 
 def _whiten(x: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """(B, D, N) less its mean over the positions that take part.
+    """Subtract from (B, D, N) its mean over valid positions.
 
-    For the keys the softmax would not see the difference: it only keeps the logits small.
+    For the keys this does not change the softmax; it only keeps the logits small.
     """
-    wide = upcast(x)
+    full = upcast(x)
     if mask is None:
-        mean = wide.mean(dim=2, keepdim=True)
+        mean = full.mean(dim=2, keepdim=True)
     else:
-        part = mask.unsqueeze(1).to(wide.dtype)
-        mean = (wide * part).sum(dim=2, keepdim=True) / part.sum(dim=2, keepdim=True).clamp(min=1)
-    return saturating_cast(wide - mean, x.dtype)
+        valid = mask.unsqueeze(1).to(full.dtype)
+        mean = (full * valid).sum(dim=2, keepdim=True) / valid.sum(dim=2, keepdim=True).clamp(min=1)
+    return saturating_cast(full - mean, x.dtype)

@@ -1,4 +1,4 @@
-"""The global context block: one attention map for all queries, and a bottleneck behind it.
+"""The global context block: one attention map shared by all queries, then a bottleneck.
 
     a = softmax over j of W_k x_j;    z_i = x_i + W_v2 ReLU(LN(W_v1 sum_j a_j x_j))
 
@@ -8,11 +8,11 @@ Beyond", ICCVW 2019 (arXiv 1904.11492), section 3.4 and figure 4 (d).
 It is a non-local operation with a single query: the sum over positions is `softmax_attention` with
 the constant 1 for theta and W_k x for phi. ``out`` is W_v2 and starts at zero.
 
-Deviations: only the additive fusion, which the paper recommends; a norm after W_v2 can be asked
-for. It would see one vector a picture, so a batch norm needs large batches: prefer "" (the paper)
-or "GN".
+Deviations from the paper: additive fusion only, which the paper recommends; an optional norm after
+W_v2. The norm sees one vector per image, so batch norm needs large batches: prefer "" (as in the
+paper) or "GN".
 
-Cost: O(N C) for the map and the sum, 2 C D a picture for the bottleneck; memory O(C + N).
+Cost: O(N C) for the map and the sum, 2 C D per image for the bottleneck; memory O(C + N).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from .shapes import CONV, unflatten_spatial
 
 
 class GlobalContextBlock(NonLocalBase):
-    """Every position adds the same vector, gathered from all positions; see the module's paper.
+    """Global context block of GCNet: every position adds the same vector, pooled from all.
 
     Args:
-        channels: C, of input and output.
-        dims: number of spatial dimensions, 1, 2 or 3.
-        inner_channels: D, the width of the bottleneck; by default a sixteenth of ``channels``, at
-            least 1 (the paper's r16; a quarter is its r4).
-        norm: after ``out``; see `NonLocalBlock`. The paper has none.
+        channels: Number of input and output channels, C.
+        dims: Number of spatial dimensions, 1, 2 or 3.
+        inner_channels: Width of the bottleneck, D; a sixteenth of ``channels`` by default, at least
+            1 (ratio r16 of the paper; a quarter is its r4).
+        norm: Norm after the output convolution; see `NonLocalBlock`. The paper has none.
 
     Raises:
-        ValueError: for a value that is not a choice, with the choices.
+        ValueError: If an argument is not one of its choices, which the message lists.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class GlobalContextBlock(NonLocalBase):
         self.w_k = CONV[dims](channels, 1, 1)
         self.w_v1 = CONV[dims](channels, self.inner_channels, 1)
         self.layer_norm = nn.LayerNorm(self.inner_channels)
-        init_conv(self.w_k, "he")
-        init_conv(self.w_v1, "he")
+        init_conv(self.w_k, "kaiming")
+        init_conv(self.w_v1, "kaiming")
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """The bottleneck's features of the one context vector: (B, D, 1, ...)."""
+        """The bottleneck's features of the context vector, (B, D, 1, ...)."""
         keys = downsample_mask(mask)
         logits = self.w_k(x).flatten(2)
         context = shared_attention(logits, x.flatten(2).to(logits.dtype), keys)
@@ -74,16 +74,16 @@ class GlobalContextBlock(NonLocalBase):
         return y
 
     def _attention_weights(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """The one map, once for each query."""
+        """The shared map, repeated for each query."""
         row = shared_weights(self.w_k(x).flatten(2), downsample_mask(mask))
         return unflatten_spatial(row.expand(-1, queries.shape[0], -1), x)
 
 
 def shared_attention(logits: Tensor, values: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Sum of the values (B, V, M) under one softmax of the logits (B, 1, M): (B, V, 1)."""
+    """Sum of values (B, V, M) weighted by the softmax of logits (B, 1, M): (B, V, 1)."""
     return softmax_attention(torch.ones_like(logits[:, :, :1]), logits, values, mask, 1.0)
 
 
 def shared_weights(logits: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """The weights (B, 1, M) of that sum."""
+    """The weights (B, 1, M) of `shared_attention`."""
     return softmax_weights(torch.ones_like(logits[:, :, :1]), logits, mask, 1.0)

@@ -1,20 +1,19 @@
-"""Sums under ReLU weights in sorted order: what makes the concatenation form cheap.
+"""Sums under ReLU weights, as used by the concatenation function, in O(N log N).
 
     y_i = s * sum_j g_j ReLU(a_i - c_j)
 
 As a function of a_i this is piecewise linear, with a breakpoint at every c_j. With c sorted, its
 slope between two breakpoints is a prefix sum of g, and its value at a breakpoint the prefix sum of
-slope times gap.
-All its terms are ones the dense sum has too: nothing cancels that does not cancel there. (The
-shorter way, a_i * sum(g) - sum(c * g), subtracts two large numbers.)
+slope times gap. All its terms are terms of the dense sum too: nothing cancels that does not cancel
+there. (The shorter formula, a_i * sum(g) - sum(c * g), subtracts two large numbers.)
 
-The gradients are of the same kind with a and c changing places: d_g_j = s * sum_i d_y_i
-ReLU(a_i - c_j), and those of a and c are inner products with slopes.
+The gradients are of the same kind with a and c exchanged: d_g_j = s * sum_i d_y_i ReLU(a_i - c_j),
+and those of a and c are inner products with slopes.
 
 Cost: O((N + M) V) operations after O(M log M + N log M) for the sorting and searching, in memory
 of O(N + M) and one block of channels; the dense sum takes 2 N M V operations.
 
-Letters of shapes: B batch, V value channels, N query and M key positions.
+Shape symbols: B batch, V value channels, N query and M key positions.
 """
 
 from __future__ import annotations
@@ -26,25 +25,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2**18  # numbers in a block of channels: 1 MB in float32, so that its passes stay in cache
+BLOCK = 2**18  # numbers in a block of channels: 1 MB in float32, so that it stays in cache
 
 
 class Breakpoints(NamedTuple):
-    """Where the queries lie among the sorted keys."""
+    """The sorted keys, and where the queries lie among them.
 
-    order: Tensor  # (B, M) the keys, ascending in c
-    gap: Tensor  # (B, M) from the key before to this one, times s; the first has no effect
-    last: Tensor  # (B, N) place in that order of the last key below the query, 0 if there is none
-    rise: Tensor  # (B, N) from that key to the query, times s; 0 if there is none
+    Attributes:
+        order: Indices that sort the keys by c, ascending, (B, M).
+        gap: Distance from the previous key to each sorted key, times s, (B, M). The first has no
+            effect.
+        last: Rank of the last key below each query, (B, N); 0 if there is none.
+        rise: Distance from that key to the query, times s, (B, N); 0 if there is none.
+    """
+
+    order: Tensor
+    gap: Tensor
+    last: Tensor
+    rise: Tensor
 
 
 def find_breakpoints(a: Tensor, c: Tensor, s: Tensor) -> Breakpoints:
-    """Sort the keys and place the queries among them.
+    """Sort the keys and find each query's rank among them.
 
     Args:
-        a: (B, N) queries.
-        c: (B, M) keys, M > 0; an infinite one has no effect.
-        s: (B, 1) factor of the result.
+        a: Queries, (B, N).
+        c: Keys, (B, M), M > 0; an infinite one has no effect.
+        s: Factor of the result, (B, 1).
     """
     c, order = torch.sort(c, dim=1, stable=True)
     last = (torch.searchsorted(c, a.contiguous()) - 1).clamp(min=0)
@@ -55,17 +62,17 @@ def find_breakpoints(a: Tensor, c: Tensor, s: Tensor) -> Breakpoints:
 
 
 def slopes(g: Tensor, breakpoints: Breakpoints) -> Tensor:
-    """(B, V, M) to (B, V, M): prefix sums of g in the order of the keys."""
+    """Prefix sums of g (B, V, M) in the order of the sorted keys, (B, V, M)."""
     return g.gather(2, breakpoints.order.unsqueeze(1).expand_as(g)).cumsum(dim=2)
 
 
 def at_queries(sums: Tensor, breakpoints: Breakpoints) -> Tensor:
-    """(B, V, M) in the order of the keys to (B, V, N)."""
+    """Pick from values at the sorted keys (B, V, M) those at each query's last key, (B, V, N)."""
     return sums.gather(2, breakpoints.last.unsqueeze(1).expand(-1, sums.shape[1], -1))
 
 
 def evaluate(slope: Tensor, slope_at_queries: Tensor, breakpoints: Breakpoints) -> Tensor:
-    """(B, V, N): the value at the last kink plus the slope after it times the rise."""
+    """Value at each query's last breakpoint plus the slope after it times the rise, (B, V, N)."""
     values = (_shift(slope) * breakpoints.gap.unsqueeze(1)).cumsum(dim=2)
     return torch.addcmul(
         at_queries(values, breakpoints), slope_at_queries, breakpoints.rise.unsqueeze(1)
@@ -73,24 +80,24 @@ def evaluate(slope: Tensor, slope_at_queries: Tensor, breakpoints: Breakpoints) 
 
 
 def _shift(x: Tensor) -> Tensor:
-    """Move the last dimension one up, a zero in front."""
+    """Shift the last dimension by one, with a zero in front."""
     return F.pad(x, (1, 0))[..., :-1]
 
 
 def hinge_sums(a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
-    """The sums y (B, V, N), by blocks of channels, with a backward of its own.
+    """Compute s_b * sum_j g_j ReLU(a_i - c_j), (B, V, N), by blocks of channels, differentiably.
 
     Args:
-        a: (B, N) queries.
-        c: (B, M) keys, M > 0; an infinite one has no effect.
-        g: (B, V, M) values.
-        s: (B, 1) factor of the result, to which no gradient goes.
+        a: Queries, (B, N).
+        c: Keys, (B, M), M > 0; an infinite one has no effect.
+        g: Values, (B, V, M).
+        s: Factor of the result, (B, 1); it gets no gradient.
     """
     return _HingeSums.apply(a, c, g, s)
 
 
 def hinge_sums_composite(a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
-    """`hinge_sums` in ordinary operators, to be scripted, traced, compiled or exported."""
+    """`hinge_sums` composed of ordinary operators, for scripting, tracing, compiling or export."""
     breakpoints = find_breakpoints(a, c, s)
     slope = slopes(g, breakpoints)
     return evaluate(slope, at_queries(slope, breakpoints), breakpoints)

@@ -1,4 +1,4 @@
-"""Masks of valid positions, and max-pooling, means and resizing that respect them."""
+"""Masks of valid positions: pooling under them, and their own downsampling and resizing."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from torch import Tensor
 
 
 def masked_max_pool(x: Tensor, stride: int, mask: Optional[Tensor]) -> Tensor:
-    """Max-pool (B, C, *S) by ``stride`` in space, over the positions that ``mask`` leaves.
+    """Max-pool over the valid positions of each cell, in space.
 
-    Borders are rounded up. The first of three dimensions is time and stays. A cell without a
-    position that takes part becomes 0.
+    Args:
+        x: Features, (B, C, *S). The first of three spatial dimensions is time and is not pooled.
+        stride: Side of a cell. Incomplete cells at the far borders are kept.
+        mask: Boolean (B, *S), True at valid positions, or None for all.
+
+    Returns:
+        Pooled features, 0 in a cell without a valid position.
     """
     if stride == 1:
         return x
     if mask is None:
         return _max_pool(x, stride)
     pooled = _max_pool(x.masked_fill(~mask.unsqueeze(1), float("-inf")), stride)
-    # By the mask: onnxruntime has kernels that do not give -inf for a cell of nothing but -inf.
+    # By the mask, not by -inf: some kernels of onnxruntime do not return -inf for such a cell.
     return pooled.masked_fill(_max_pool(float_mask(x, mask), stride) == 0, 0.0)
 
 
@@ -33,7 +38,7 @@ def _max_pool(x: Tensor, stride: int) -> Tensor:
 
 
 def downsample_mask(mask: Optional[Tensor], stride: int = 1) -> Optional[Tensor]:
-    """(B, *S) to (B, M): the cells of `pool` with at least one position that takes part."""
+    """(B, *S) to (B, M): True at the cells of `masked_max_pool` with a valid position."""
     if mask is None:
         return None
     if stride > 1:
@@ -42,10 +47,10 @@ def downsample_mask(mask: Optional[Tensor], stride: int = 1) -> Optional[Tensor]
 
 
 def resize_mask(pixel_mask: Tensor, x: Tensor) -> Tensor:
-    """(B, H, W) at the resolution of the images to that of x, (B, C, h, w).
+    """Resize a mask (B, H, W) from the resolution of the images to that of x, (B, C, h, w).
 
-    A network that rounds up what it halves has, at stride s, the cells whose first pixel is a
-    multiple of s. Of another network it is the nearest pixel.
+    A network that halves with rounding up has, at stride s, the cells that start at a multiple of
+    s: these pixels are taken. For any other size it is the nearest pixel.
     """
     mask = pixel_mask
     while mask.shape[1] > x.shape[2]:
@@ -56,8 +61,5 @@ def resize_mask(pixel_mask: Tensor, x: Tensor) -> Tensor:
 
 
 def float_mask(x: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """(B, 1, *S) in the dtype of x (B, C, *S): 1 where a position takes part, 0 elsewhere."""
+    """(B, 1, *S) in the dtype of x (B, C, *S): 1 at valid positions, 0 elsewhere."""
     return torch.ones_like(x[:, :1]) if mask is None else mask.unsqueeze(1).to(x.dtype)
-
-
-# ONNX's opset 11, to which detectron2 exports, has no unflatten.

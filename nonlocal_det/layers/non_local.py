@@ -3,16 +3,17 @@
 Paper: Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018 (arXiv 1711.07971),
 section 3 and figure 2.
 
-Deviations: none by default, from the paper's text. Where the released code differs from the text,
-an argument says so: ``scale``, ``pool_first``, ``init``. Two things the paper leaves open:
-subsampling rounds borders up, so no position is dropped; w_f has no bias and starts Gaussian with
-std D^-1/2.
+Deviations from the paper: none by default. ``scale``, ``pool_first`` and ``init`` select what the
+official Caffe2 code does instead. Two details the paper leaves open: subsampling rounds up, so no
+position is dropped; w_f has no bias and is initialized from a normal distribution of standard
+deviation D^-1/2.
 
 Cost, for N queries, M keys (M = N, or N / 4 subsampled by 2) and D inner channels: the four 1x1
 convolutions take 2 N C D + 2 M C D multiplications with ``pool_first``, 4 N C D without (3 N C D
-for the Gaussian form), and the sums what ``pairwise`` says. No form holds the N x M weights.
+with the Gaussian function); `nonlocal_det.layers.pairwise` lists the cost of the attention output.
+The N x M attention weights are never materialized.
 
-Precision: see ``base`` and ``pairwise``.
+Precision: see `nonlocal_det.layers.base` and `nonlocal_det.layers.pairwise`.
 """
 
 from __future__ import annotations
@@ -42,25 +43,25 @@ PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 
 
 class NonLocalBlock(NonLocalBase):
-    """Every position adds a weighted sum over all positions; see the module's paper.
+    """Non-local block of Wang et al., CVPR 2018: each position adds a weighted sum over all.
 
     Args:
-        channels: C, of input and output.
-        dims: number of spatial dimensions, 1, 2 or 3.
-        pairwise: one of ``PAIRWISE``.
-        inner_channels: D; by default half of ``channels``, at least 1.
-        subsample: True or an integer: max-pool keys and values by 2, or by that much, in space
-            (not in time when ``dims`` is 3). Borders are rounded up: no position is dropped.
-        pool_first: pool the input before the key and value embeddings, as the released code does,
-            not after them, as the text says.
-        scale: divide the softmax logits by sqrt(D), as the released code does.
-        norm: after the output convolution: "BN", "SyncBN", "GN", "" for none, or a callable from
-            a number of channels to a module.
-        init: of the embeddings: "he", as the text says, or "gaussian", of standard deviation
-            0.01, as the released code does.
+        channels: Number of input and output channels, C.
+        dims: Number of spatial dimensions, 1, 2 or 3.
+        pairwise: Pairwise function, one of ``PAIRWISE``.
+        inner_channels: Number of inner channels, D; half of ``channels`` by default, at least 1.
+        subsample: Factor by which keys and values are max-pooled in space (not in time when
+            ``dims`` is 3); True is 2, False none. Sizes are rounded up: no position is dropped.
+        pool_first: Whether to pool before the key and value embeddings, as in the official Caffe2
+            code, instead of after them, as in the paper.
+        scale: Whether to divide the softmax logits by sqrt(D), as in the official Caffe2 code.
+        norm: Norm after the output convolution: "BN", "SyncBN", "GN", "" for none, or a callable
+            from a number of channels to a module.
+        init: Initialization of the embeddings: "kaiming", as in the paper, or "normal", of standard
+            deviation 0.01, as in the official Caffe2 code.
 
     Raises:
-        ValueError: for a value that is not a choice, with the choices.
+        ValueError: If an argument is not one of its choices, which the message lists.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class NonLocalBlock(NonLocalBase):
         pool_first: bool = False,
         scale: bool = False,
         norm: Norm = "BN",
-        init: str = "he",
+        init: str = "kaiming",
     ) -> None:
         super().__init__(channels, dims=dims, inner_channels=inner_channels, norm=norm)
         check_choice("pairwise", pairwise, PAIRWISE)
@@ -94,20 +95,20 @@ class NonLocalBlock(NonLocalBase):
             nn.init.normal_(self.w_f, std=self.inner_channels**-0.5)
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """The sums y of equation 1, (B, D, *S); see `NonLocalBase.aggregate`."""
+        """The attention output y of equation 1, (B, D, *S); see `NonLocalBase.aggregate`."""
         theta = self._queries(x).flatten(2)
         phi, g, keys = self._keys_and_values(x, mask)
         y = self._attend(theta, phi.flatten(2), g.flatten(2), keys)
         return unflatten_spatial(y, x)
 
     def _attention_weights(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """The weights f / C of equation 1; see `NonLocalBase.attention`."""
+        """The weights f / C of equation 1; see `NonLocalBase.attention_weights`."""
         theta = self._queries(x).flatten(2)[:, :, queries]
         phi, _, keys = self._keys_and_values(x, mask)
         return unflatten_spatial(self._weights(theta, phi.flatten(2), keys), phi)
 
     def _queries(self, x: Tensor) -> Tensor:
-        """What is compared of the queries: theta (B, D, *S), or x itself for the Gaussian form."""
+        """Query embedding theta, (B, D, *S); x itself with the Gaussian function."""
         theta = self.theta(x) if hasattr(self, "theta") else x
         if hasattr(self, "w_f"):
             theta = _weighted(theta, self.w_f[: self.inner_channels])
@@ -116,7 +117,7 @@ class NonLocalBlock(NonLocalBase):
     def _keys_and_values(
         self, x: Tensor, mask: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-        """What is compared of the keys (B, D, *K), g (B, D, *K) and their mask (B, M)."""
+        """Key embedding (B, D, *K), value embedding (B, D, *K) and key mask (B, M) or None."""
         source = masked_max_pool(x, self.stride, mask) if self.pool_first else x
         phi = self.phi(source) if hasattr(self, "phi") else source
         g = self.g(source)
@@ -127,7 +128,7 @@ class NonLocalBlock(NonLocalBase):
         return phi, g, downsample_mask(mask, self.stride)
 
     def _attend(self, theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """The sums y (B, D, N) of g (B, D, M) for theta (B, D, N) and phi (B, D, M)."""
+        """Attention output (B, D, N) from theta (B, D, N), phi (B, D, M) and g (B, D, M)."""
         if self.pairwise == "dot_product":
             return dot_product_attention(theta, phi, g, mask)
         if self.pairwise == "concatenation":
@@ -135,7 +136,7 @@ class NonLocalBlock(NonLocalBase):
         return softmax_attention(theta, phi, g, mask, self.scale)
 
     def _weights(self, theta: Tensor, phi: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """The weights (B, N, M) of those sums."""
+        """Attention weights (B, N, M) behind `_attend`."""
         if self.pairwise == "dot_product":
             return dot_product_weights(theta, phi, mask)
         if self.pairwise == "concatenation":
@@ -144,10 +145,10 @@ class NonLocalBlock(NonLocalBase):
 
 
 def _weighted(x: Tensor, weight: Tensor) -> Tensor:
-    """The terms of w_f . x before they are added: channels of (B, D, *S) times their weights."""
+    """Summands of w_f . x: the channels of (B, D, *S), each times its weight."""
     return (x.transpose(1, -1) * weight.to(x.dtype)).transpose(1, -1)
 
 
 def _total(x: Tensor) -> Tensor:
-    """(B, D, N) to (B, N): what the concatenation compares, one number a position."""
+    """(B, D, N) to (B, N): sum over channels, the one number per position that is compared."""
     return upcast(x).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Norms by name, and group norm over valid positions alone."""
+"""Norms by name, and group norm over valid positions only."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ _NORMS = ("", "BN", "SyncBN", "GN")
 
 
 def make_norm(norm: Norm, channels: int, dims: int) -> nn.Module:
-    """The norm named (one of "", "BN", "SyncBN", "GN") or made by the callable, for (B, C, *S).
+    """Build a norm for features (B, C, *S).
 
-    "GN" has 32 groups, or as many as divide both 32 and ``channels``.
+    Args:
+        norm: "BN", "SyncBN", "GN" (32 groups, or as many as divide both 32 and ``channels``), ""
+            for none, or a callable from a number of channels to a module.
+        channels: Number of channels, C.
+        dims: Number of spatial dimensions.
+
+    Raises:
+        ValueError: If ``norm`` is another string.
     """
     if callable(norm):
         return norm(channels)
@@ -37,12 +44,21 @@ def make_norm(norm: Norm, channels: int, dims: int) -> nn.Module:
 def masked_group_norm(
     x: Tensor, mask: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
-    """`F.group_norm` of (B, C, *S), with the statistics of the positions that take part."""
+    """Group norm with the statistics of valid positions; otherwise as `F.group_norm`.
+
+    Args:
+        x: Features, (B, C, *S).
+        mask: Boolean (B, *S), True at valid positions.
+        groups: Number of channel groups.
+        weight: Scale of each channel, (C,).
+        bias: Shift of each channel, (C,).
+        eps: Value added to the variance.
+    """
     grouped = split_channel_groups(upcast(x), groups)
-    part = mask.flatten(1).unsqueeze(1).unsqueeze(1).to(grouped.dtype)
-    count = (part.sum(dim=3, keepdim=True) * grouped.shape[2]).clamp(min=1)
-    centred = grouped - (grouped * part).sum(dim=[2, 3], keepdim=True) / count
-    variance = (centred.square() * part).sum(dim=[2, 3], keepdim=True) / count
-    y = (centred * (variance + eps).rsqrt()).flatten(1, 2)
+    valid = mask.flatten(1).unsqueeze(1).unsqueeze(1).to(grouped.dtype)
+    count = (valid.sum(dim=3, keepdim=True) * grouped.shape[2]).clamp(min=1)
+    centered = grouped - (grouped * valid).sum(dim=[2, 3], keepdim=True) / count
+    variance = (centered.square() * valid).sum(dim=[2, 3], keepdim=True) / count
+    y = (centered * (variance + eps).rsqrt()).flatten(1, 2)
     y = y * weight.unsqueeze(1) + bias.unsqueeze(1)
     return y.view_as(x).to(x.dtype)

@@ -1,43 +1,43 @@
-"""The pairwise functions f of a non-local operation, and the sums over them.
+"""The pairwise functions f of a non-local operation, and the attention output under them.
 
     y_i = 1/C(x) * sum_j f(x_i, x_j) g(x_j)
 
-Each function has two forms. ``*_weights`` gives the weights f / C themselves, dense: the
-definition, the reference of the tests, and what pictures of attention are made from.
-``*_attention`` gives the sums y, exactly, without ever holding the weights (unless they are no
-larger than the values):
+Each has two implementations. ``*_weights`` returns the dense attention weights f / C: the
+definition, the reference of the tests, and the source of attention maps.
+``*_attention`` returns the attention output y, exactly, without materializing the weights (unless
+they are no larger than the values):
 
-| sums                      | operations, forward           | memory beyond input and output |
+| attention output          | operations, forward           | memory beyond input and output |
 |---------------------------|-------------------------------|--------------------------------|
 | `softmax_attention`       | 2 N M (D + V)                 | 4 MB, or copies of the inputs  |
 | `dot_product_attention`   | 2 D V (N + M)                 | D V                            |
 | `concatenation_attention` | about 10 V (N + M) and a sort | O(N + M), a block of channels  |
 
-Letters of shapes: B batch, D inner channels, V value channels, N query and M key positions.
+Shape symbols: B batch, D inner channels, V value channels, N query and M key positions.
 Channels come before positions, as convolutions leave them. Any of B, N and M may be zero.
 
-A key mask is a boolean (B, M), True where a key takes part. Masked keys neither contribute nor
-count; a query without any key gets y = 0, and gives no gradient.
+A key mask is a boolean (B, M), True at valid keys. Masked keys neither contribute nor count; a
+query without any valid key gets y = 0, and no gradient.
 
-Precision. The sums have the dtype of g, and autocast does not reach inside. float64 is computed in
+Precision. The output has the dtype of g; autocast has no effect inside. float64 is computed in
 float64. Otherwise logits, sums of exponentials, counts and intermediate products are float32:
 
-- float16 is computed in float32 (the softmax sums only where a gradient is needed). Results and
-  gradients beyond its range become its largest number, 65504, never infinite. A saturated result
-  gives no gradient.
-- bfloat16, in the softmax sums, has its weights rounded to bfloat16 before they meet the values, as
-  fused kernels do. In the other two it is computed in float32.
+- float16 is computed in float32 (softmax attention only if a gradient is needed). Results and
+  gradients beyond its range are clamped to +-65504, never infinite. A clamped result has no
+  gradient.
+- bfloat16 weights of softmax attention are rounded to bfloat16 before they multiply the values, as
+  in fused kernels. The other two compute bfloat16 in float32.
 
-With inputs of a thousand no NaN or infinity arises in any dtype; products beyond float32's own
-range of 3e38 are the caller's.
+Inputs up to a thousand give no NaN or infinity in any dtype; products beyond float32's own range of
+3e38 are not handled.
 
-Transformations. Eager mode takes the leanest way. Under ``torch.jit.trace``, ``torch.export`` and
-``torch.compile`` the same sums are written in ordinary operators, of any size: PyTorch's fused
-attention, two products, a sort and prefix sums. ``torch.jit.script`` chooses at run time, likewise
-in ordinary operators. ONNX has no search in sorted numbers, and older versions no fused attention:
-there the concatenation form and the softmaxes are dense.
-Scripted and traced, a function follows the autocast state it runs under, and only float16 results,
-not gradients, saturate.
+Transformations. Eager mode uses the implementation that needs the least memory. Under
+``torch.jit.trace``, ``torch.export`` and ``torch.compile`` the same output is computed by ordinary
+operators of any size: PyTorch's fused attention, two products, or a sort and prefix sums.
+``torch.jit.script`` chooses among ordinary operators at run time. ONNX has no ``searchsorted``, and
+older versions no fused attention: there concatenation and softmax attention are dense.
+Scripted or traced, a function follows the autocast state it runs under, and only float16 results,
+not gradients, are clamped.
 
 Paper: Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018, section 3.2.
 """
@@ -60,18 +60,18 @@ def softmax_weights(theta: Tensor, phi: Tensor, mask: Optional[Tensor], scale: f
     """Weights of the (embedded) Gaussian, equations 2 and 3: softmax over j of theta_i . phi_j.
 
     Args:
-        theta: (B, D, N) queries.
-        phi: (B, D, M) keys.
-        mask: (B, M), True where a key takes part, or None for all.
-        scale: factor of the logits; 1 is the paper's text.
+        theta: Queries, (B, D, N).
+        phi: Keys, (B, D, M).
+        mask: Boolean (B, M), True at valid keys, or None for all.
+        scale: Factor of the logits; 1 as in the paper.
 
     Returns:
-        (B, N, M), each row summing to one, or to zero where no key takes part.
+        Attention weights, (B, N, M); each row sums to one, or to zero without a valid key.
     """
     logits = upcast_matmul(theta.transpose(1, 2), phi) * scale
     if mask is None:
         return logits.softmax(dim=-1)
-    # A row of nothing but -inf would be NaN, and so would its gradient: such rows are left alone.
+    # A row of nothing but -inf would be NaN, and so would its gradient: such rows stay unmasked.
     hidden = ~mask & mask.any(dim=1, keepdim=True)
     weights = logits.masked_fill(hidden.unsqueeze(1), -math.inf).softmax(dim=-1)
     return weights.masked_fill(~mask.unsqueeze(1), 0.0)
@@ -95,7 +95,7 @@ def concatenation_weights(a: Tensor, b: Tensor, mask: Optional[Tensor]) -> Tenso
 
 
 def _one_over_keys(keys: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """(B, 1, 1): 1 / (number of keys that take part), 1 if there is none; ``keys`` is (B, M)."""
+    """(B, 1, 1): 1 / (number of valid keys), 1 if there is none; ``keys`` is (B, M)."""
     present = torch.ones_like(keys) if mask is None else mask
     count = present.sum(dim=1, dtype=accum_dtype(keys)).clamp(min=1)
     return count.reciprocal().view(-1, 1, 1)
@@ -104,20 +104,20 @@ def _one_over_keys(keys: Tensor, mask: Optional[Tensor]) -> Tensor:
 def softmax_attention(
     theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor], scale: float
 ) -> Tensor:
-    """Sums of g under `softmax_weights`: (B, V, N).
+    """Attention output under `softmax_weights`, (B, V, N).
 
     Args:
-        theta: (B, D, N) queries.
-        phi: (B, D, M) keys.
-        g: (B, V, M) values.
-        mask: (B, M), True where a key takes part, or None for all.
-        scale: factor of the logits; 1 is the paper's text.
+        theta: Queries, (B, D, N).
+        phi: Keys, (B, D, M).
+        g: Values, (B, V, M).
+        mask: Boolean (B, M), True at valid keys, or None for all.
+        scale: Factor of the logits; 1 as in the paper.
     """
     dtype = torch.promote_types(torch.promote_types(theta.dtype, phi.dtype), g.dtype)
-    learns = torch.is_grad_enabled() and (
+    needs_grad = torch.is_grad_enabled() and (
         theta.requires_grad or phi.requires_grad or g.requires_grad
     )
-    if dtype == torch.float16 and learns:
+    if dtype == torch.float16 and needs_grad:
         dtype = torch.float32
     out_dtype = g.dtype
     theta, phi, g = upcast(theta, dtype), upcast(phi, dtype), upcast(g, dtype)
@@ -125,14 +125,14 @@ def softmax_attention(
         if torch.onnx.is_in_onnx_export():
             weights = softmax_weights(theta, phi, mask, scale)
             return saturating_cast(upcast_matmul(g, weights.transpose(1, 2)), out_dtype)
-        if _tiles_are_faster(theta, phi, g, learns):
+        if _tiles_are_faster(theta, phi, g, needs_grad):
             y = tiled_softmax_attention(theta * scale, phi, g, mask)
             return saturating_cast(y, out_dtype)
     return saturating_cast(_fused_attention(theta, phi, g, mask, scale), out_dtype)
 
 
-def _tiles_are_faster(theta: Tensor, phi: Tensor, g: Tensor, learns: bool) -> bool:
-    """Whether to leave the fused kernels: on a CPU that has to learn, or with unequal widths.
+def _tiles_are_faster(theta: Tensor, phi: Tensor, g: Tensor, needs_grad: bool) -> bool:
+    """Whether to avoid the fused kernels: on a CPU, with gradients or unequal widths.
 
     Their backward is as fast, but 15 times slower among denormal numbers; see `tiled_softmax`.
     """
@@ -140,17 +140,17 @@ def _tiles_are_faster(theta: Tensor, phi: Tensor, g: Tensor, learns: bool) -> bo
         not is_tracing_or_compiling()
         and theta.device.type == "cpu"
         and theta.dtype in (torch.float32, torch.float64)
-        and (learns or phi.shape[1] != g.shape[1])
+        and (needs_grad or phi.shape[1] != g.shape[1])
     )
 
 
 def _fused_attention(
     theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor], scale: float
 ) -> Tensor:
-    """Scaled dot-product attention of PyTorch, given what its fused kernels ask for.
+    """PyTorch's scaled dot-product attention, with inputs that its fused kernels support.
 
-    That is four dimensions, contiguous rows, on a CPU keys as wide as values, and in each row a key
-    that takes part. Without these it falls back, in silence, on the dense form.
+    That is four dimensions, contiguous rows, on a CPU keys as wide as values, and a valid key in
+    each row. Otherwise PyTorch silently falls back to the dense implementation.
     """
     width = max(phi.shape[1], g.shape[1]) if theta.device.type == "cpu" else 0
     query, key, value = _rows(theta, width), _rows(phi, width), _rows(g, width)
@@ -173,7 +173,7 @@ def _rows(x: Tensor, width: int) -> Tensor:
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, allowed: Optional[Tensor], scale: float
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`, whatever autocast says."""
+    """`F.scaled_dot_product_attention`, even under autocast in the dtype of its inputs."""
     if not torch.jit.is_scripting():
         if torch.is_autocast_enabled(query.device.type):
             with torch.autocast(query.device.type, enabled=False):
@@ -182,7 +182,7 @@ def _attention(
 
 
 def dot_product_attention(theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Sums of g under `dot_product_weights`: (B, V, N), over j first where that is cheaper."""
+    """Attention output under `dot_product_weights`, (B, V, N), in the cheaper order of products."""
     values = upcast(g)
     if _dense_is_cheaper(theta, phi, g):
         y = upcast_matmul(values, dot_product_weights(theta, phi, mask).transpose(1, 2))
@@ -194,7 +194,7 @@ def dot_product_attention(theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[
 
 
 def _dense_is_cheaper(theta: Tensor, phi: Tensor, g: Tensor) -> bool:
-    """By multiplications: N M (D + V) in the dense order, D V (N + M) in the other."""
+    """Compare multiplications: N M (D + V) in the dense order, D V (N + M) in the other."""
     if is_tracing_or_compiling():
         return False
     width, values = phi.shape[1], g.shape[1]
@@ -203,9 +203,9 @@ def _dense_is_cheaper(theta: Tensor, phi: Tensor, g: Tensor) -> bool:
 
 
 def concatenation_attention(a: Tensor, b: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Sums of g under `concatenation_weights`: (B, V, N), in sorted order; see `hinge_sums`.
+    """Attention output under `concatenation_weights`, (B, V, N), by sorting; see `hinge_sums`.
 
-    Where the weights are no larger than the values they are written out, which is then faster.
+    If the weights are no larger than the values they are materialized, which is then faster.
     """
     queries, keys, values = upcast(a), upcast(b), upcast(g)
     if _dense_is_faster(a, g):
@@ -232,7 +232,7 @@ def _dense_is_faster(a: Tensor, g: Tensor) -> bool:
 
 
 def is_tracing_or_compiling() -> bool:
-    """Whether the operators are being recorded, for sizes other than these."""
+    """Whether operators are being captured by a tracer or compiler, for other sizes too."""
     if torch.jit.is_scripting():
         return False
     else:

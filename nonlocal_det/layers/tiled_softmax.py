@@ -1,18 +1,19 @@
-"""Softmax attention in tiles of plain matrix products, for what fused kernels do not do well.
+"""Softmax attention in tiles of plain matrix products, for cases that fused kernels do badly.
 
 A running maximum and sum make the softmax exact one tile of keys at a time, so that no more than
 a tile of the N x M weights exists; backward recomputes them from each row's log-sum-exp. The
 technique: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (arXiv 2112.05682), and
 Dao et al., "FlashAttention" (arXiv 2205.14135), algorithms 1 and 4.
 
-Two things are its own. Keys and values may differ in width, without padding. And weights below
-the square root of the smallest normal number are zero: at 1e-19 of a row's sum (float32) they are
-far beneath its rounding, but products with denormal numbers are up to 70 times slower on a CPU,
-and logits of standard deviation 10 to 40, those of an unscaled block, are full of them.
+Two details differ from these. Keys and values may differ in width, without padding. And weights
+below the square root of the smallest normal number are set to zero: at 1e-19 of a row's sum
+(float32) they are far below its rounding, but products with denormal numbers are up to 70 times
+slower on a CPU, and the weights of an unscaled block, whose logits have a standard deviation of 10
+to 40, are full of them.
 
-Cost: 2 N M (D + V) operations forward, 2 N M (3 D + 2 V) backward; memory of a tile or two.
+Cost: 2 N M (D + V) operations forward, 2 N M (3 D + 2 V) backward; memory of one or two tiles.
 
-Letters of shapes: B batch, D inner channels, V value channels, N query and M key positions.
+Shape symbols: B batch, D inner channels, V value channels, N query and M key positions.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 1024  # queries and keys a side: 4 MB in float32, about what the cores' own caches hold
+TILE = 1024  # queries and keys per tile: 4 MB in float32, about what a core's cache holds
 
 
 def tiled_softmax_attention(
     theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]
 ) -> Tensor:
-    """Sums of g (B, V, M) under the softmax over j of theta_i . phi_j: (B, V, N).
+    """Attention output under the softmax over j of theta_i . phi_j.
 
     Args:
-        theta: (B, D, N) queries.
-        phi: (B, D, M) keys.
-        g: (B, V, M) values, of the same dtype.
-        mask: (B, M), True where a key takes part, or None for all.
+        theta: Queries, (B, D, N).
+        phi: Keys, (B, D, M).
+        g: Values, (B, V, M), of the same dtype.
+        mask: Boolean (B, M), True at valid keys, or None for all.
+
+    Returns:
+        Attention output, (B, V, N).
     """
     return _TiledSoftmaxAttention.apply(theta, phi, g, mask)
 
@@ -61,7 +65,7 @@ class _TiledSoftmaxAttention(torch.autograd.Function):
                 total.mul_(fade).add_(weights.sum(dim=2, keepdim=True))
                 sums.mul_(fade.mT).baddbmm_(g[b, :, m], weights.mT)
                 top = higher
-            total.clamp_(min=1)  # below 1 only where no key takes part
+            total.clamp_(min=1)  # below 1 only without a valid key
             sums.div_(total.mT)
             log_sum[b, n] = top + total.log()
         ctx.save_for_backward(theta, phi, g, mask, y, log_sum)
@@ -93,18 +97,18 @@ def _spans(length: int, step: int) -> list[slice]:
 
 
 def _samples(theta: Tensor, phi: Tensor) -> int:
-    """How many samples share a tile: one, or more where each has few positions."""
+    """Number of samples that share a tile: one, or more if each has few positions."""
     tile = min(theta.shape[2], TILE) * min(phi.shape[2], TILE)
     return max(min(theta.shape[0], TILE**2 // max(tile, 1)), 1)
 
 
 def _blocks(theta: Tensor, phi: Tensor) -> product[tuple[slice, slice]]:
-    """Samples and queries, tile by tile."""
+    """Slices of samples and of queries, tile by tile."""
     return product(_spans(theta.shape[0], _samples(theta, phi)), _spans(theta.shape[2], TILE))
 
 
 def _buffers(theta: Tensor, phi: Tensor, count: int) -> list[Tensor]:
-    """Room for the largest tile: allocated once, since fresh memory costs as much as a pass."""
+    """Memory for the largest tile, allocated once: allocation costs as much as a pass over it."""
     tile = min(theta.shape[2], TILE) * min(phi.shape[2], TILE)
     return [theta.new_empty(_samples(theta, phi) * tile) for _ in range(count)]
 

@@ -1,22 +1,22 @@
-"""The grouped non-local block: attention inside spatial windows, inside channel groups, or both.
+"""The windowed non-local block: attention inside spatial windows, with several heads, or both.
 
-Windows: space is cut into k x k cells (cells of k in one dimension) from its first corner on, and a
-position looks only at the positions of its own cell, at all times where ``dims`` is 3. Cells at the
-far borders may be smaller; what pads them never takes part. C(x) counts, or the softmax runs over,
-the keys of the cell.
+Windows: space is divided into k x k windows (of k in one dimension) from its first corner on, and a
+position attends only to the positions of its own window, at all times if ``dims`` is 3. Windows at
+the far borders may be smaller; their padding is masked. C(x) counts, or the softmax runs over, the
+keys of the window.
 
-Channel groups: the embeddings are split into G groups of channels; each has an attention map of its
-own, and the G results are concatenated before ``out``, as heads are.
+Heads: the embeddings are split into H groups of channels; each head has its own attention map, and
+the H results are concatenated before ``out``.
 
 Sources: windows as in Liu et al., "Swin Transformer", ICCV 2021 (arXiv 2103.14030), section 3.2,
-without shifts and position biases; channel groups as in Vaswani et al., "Attention Is All You
-Need", 2017 (arXiv 1706.03762), section 3.2.2. Everything else is the non-local block of Wang et
-al., CVPR 2018: with neither windows nor groups it is `NonLocalBlock`, weight for weight.
+without shifts and position biases; heads as in Vaswani et al., "Attention Is All You Need", 2017
+(arXiv 1706.03762), section 3.2.2. Everything else is the non-local block of Wang et al., CVPR 2018:
+without windows and with one head it is `NonLocalBlock`, weight for weight.
 
-Deviations: no subsampling; ``scale`` is by sqrt(D / G), the length of what is compared.
+Deviations: no subsampling; ``scale`` divides by sqrt(D / H), the width of a head.
 
-Cost: the sums of the softmax forms are 2 N k^2 D instead of 2 N N D (G changes their number of
-maps, not their cost). Cells are copied out and back: memory O(N D).
+Cost: softmax attention takes 2 N k^2 D multiplications instead of 2 N N D (H changes the number of
+maps, not the cost). Windows are copied out and back: memory O(N D).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..utils.deprecation import renamed_arguments
 from ..utils.validation import check_positive_int
 from .casting import upcast
 from .masks import float_mask
@@ -36,18 +37,26 @@ from .shapes import split_channel_groups, unflatten_spatial
 
 
 class WindowedNonLocalBlock(NonLocalBlock):
-    """Every position adds weighted sums over its own window, one for each group of channels.
+    """Windowed multi-head non-local block: each position adds weighted sums over its own window.
 
     Args:
-        channels, dims, pairwise, inner_channels, norm, init: as in `NonLocalBlock`.
-        window: k, the side of a window in positions, or None for all of space.
-        groups: G, a divisor of D; for the Gaussian form, which compares the input, of C too.
-        scale: divide the softmax logits by sqrt(D / G).
+        channels: Number of input and output channels, C.
+        dims: Number of spatial dimensions, 1, 2 or 3.
+        pairwise: Pairwise function, one of ``PAIRWISE``.
+        inner_channels: Number of inner channels, D; half of ``channels`` by default, at least 1.
+        window_size: Side of a window in positions, k, or None for a single window over all of
+            space.
+        num_heads: Number of heads, H, a divisor of D; with the Gaussian function, which compares
+            the input itself, a divisor of C too.
+        scale: Whether to divide the softmax logits by sqrt(D / H).
+        norm: Norm after the output convolution; see `NonLocalBlock`.
+        init: Initialization of the embeddings; see `NonLocalBlock`.
 
     Raises:
-        ValueError: for a value that is not a choice, with the choices.
+        ValueError: If an argument is not one of its choices, which the message lists.
     """
 
+    @renamed_arguments(window="window_size", groups="num_heads")
     def __init__(
         self,
         channels: int,
@@ -55,11 +64,11 @@ class WindowedNonLocalBlock(NonLocalBlock):
         dims: int = 2,
         pairwise: str = "embedded_gaussian",
         inner_channels: Optional[int] = None,
-        window: Optional[int] = None,
-        groups: int = 1,
+        window_size: Optional[int] = None,
+        num_heads: int = 1,
         scale: bool = False,
         norm: Norm = "BN",
-        init: str = "he",
+        init: str = "kaiming",
     ) -> None:
         super().__init__(
             channels,
@@ -70,47 +79,47 @@ class WindowedNonLocalBlock(NonLocalBlock):
             norm=norm,
             init=init,
         )
-        if window is not None:
-            check_positive_int("window", window)
+        if window_size is not None:
+            check_positive_int("window_size", window_size)
         divided = {"inner_channels": self.inner_channels}
         if pairwise == "gaussian":
             divided["channels"] = channels
-        check_positive_int("groups", groups, divided)
-        self.window = 0 if window is None else window
-        self.groups = groups
+        check_positive_int("num_heads", num_heads, divided)
+        self.window_size = 0 if window_size is None else window_size
+        self.num_heads = num_heads
         if scale:
-            self.scale = (self.inner_channels // groups) ** -0.5
+            self.scale = (self.inner_channels // num_heads) ** -0.5
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """The sums of all groups, (B, D, *S)."""
+        """Attention output of all heads, (B, D, *S)."""
         phi, g, _ = self._keys_and_values(x, None)
         y = self._attend(
-            self._cut(self._queries(x), self.groups),
-            self._cut(phi, self.groups),
-            self._cut(g, self.groups),
-            self._cut_mask(x, mask),
+            self._partition(self._queries(x), self.num_heads),
+            self._partition(phi, self.num_heads),
+            self._partition(g, self.num_heads),
+            self._partition_mask(x, mask),
         )
-        return self._join(y, x)
+        return self._merge(y, x)
 
     def _attention_weights(self, x: Tensor, queries: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """The mean of the groups' maps; zero outside the window of the query."""
-        theta = self._split(self._queries(x), self.groups)[:, :, queries]
-        phi = self._split(self._keys_and_values(x, None)[0], self.groups)
-        keys, cell = float_mask(x, mask).flatten(1) > 0, self._cells(x)
+        """Mean of the heads' weights; zero outside the window of the query."""
+        theta = self._split(self._queries(x), self.num_heads)[:, :, queries]
+        phi = self._split(self._keys_and_values(x, None)[0], self.num_heads)
+        keys, window = float_mask(x, mask).flatten(1) > 0, self._windows(x)
         rows = [upcast(phi.new_zeros(phi.shape[0], 0, phi.shape[2]))]
         for i, query in enumerate(queries):
-            near = (keys & (cell == cell[query])).repeat_interleave(self.groups, dim=0)
+            near = (keys & (window == window[query])).repeat_interleave(self.num_heads, dim=0)
             rows.append(self._weights(theta[:, :, i : i + 1], phi, near))
-        weights = torch.cat(rows, dim=1).unflatten(0, (x.shape[0], self.groups))
+        weights = torch.cat(rows, dim=1).unflatten(0, (x.shape[0], self.num_heads))
         return unflatten_spatial(weights.mean(dim=1), x)
 
-    def _split(self, x: Tensor, groups: int) -> Tensor:
-        """(B, C, *S) to (B * groups, C / groups, N)."""
-        return split_channel_groups(x, groups).flatten(0, 1)
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        """(B, C, *S) to (B * heads, C / heads, N)."""
+        return split_channel_groups(x, heads).flatten(0, 1)
 
-    def _cells(self, x: Tensor) -> Tensor:
-        """(N,): the number of the window that each position is in."""
-        if self.window == 0:
+    def _windows(self, x: Tensor) -> Tensor:
+        """(N,): index of the window that each position is in."""
+        if self.window_size == 0:
             return x.new_zeros(x.shape[2:]).flatten()
         t, h, w, k_h, k_w = self._grid(x)
         row = torch.arange(h, device=x.device) // k_h
@@ -118,37 +127,43 @@ class WindowedNonLocalBlock(NonLocalBlock):
         return (row[:, None] * w + column).flatten().repeat(t)
 
     def _grid(self, x: Tensor) -> tuple[int, int, int, int, int]:
-        """The extent of x in time, height and width, and of a window in height and width."""
+        """Size of x in time, height and width, and of a window in height and width."""
         t = x.shape[2] if self.dims == 3 else 1
         if self.dims == 1:
-            return t, 1, x.shape[-1], 1, self.window
-        return t, x.shape[-2], x.shape[-1], self.window, self.window
+            return t, 1, x.shape[-1], 1, self.window_size
+        return t, x.shape[-2], x.shape[-1], self.window_size, self.window_size
 
-    def _cut(self, x: Tensor, groups: int) -> Tensor:
-        """(B, C, *S) to (B * windows * groups, C / groups, positions of a window), zero-padded."""
-        if self.window == 0:
-            return self._split(x, groups)
+    def _partition(self, x: Tensor, heads: int) -> Tensor:
+        """(B, C, *S) to (B * windows * heads, C / heads, positions of a window), zero-padded."""
+        if self.window_size == 0:
+            return self._split(x, heads)
         t, h, w, k_h, k_w = self._grid(x)
-        b, c = x.shape[0], x.shape[1] // groups
+        b, c = x.shape[0], x.shape[1] // heads
         n_h, n_w = (h + k_h - 1) // k_h, (w + k_w - 1) // k_w
-        x = F.pad(x.reshape(b, groups * c * t, h, w), [0, n_w * k_w - w, 0, n_h * k_h - h])
-        x = x.reshape(b, groups, c, t, n_h, k_h, n_w, k_w).permute(0, 4, 6, 1, 2, 3, 5, 7)
-        return x.reshape(b * n_h * n_w * groups, c, t * k_h * k_w)
+        x = F.pad(x.reshape(b, heads * c * t, h, w), [0, n_w * k_w - w, 0, n_h * k_h - h])
+        x = x.reshape(b, heads, c, t, n_h, k_h, n_w, k_w).permute(0, 4, 6, 1, 2, 3, 5, 7)
+        return x.reshape(b * n_h * n_w * heads, c, t * k_h * k_w)
 
-    def _join(self, y: Tensor, x: Tensor) -> Tensor:
-        """The inverse of `_cut`, for the sums over an x of (B, C, *S): (B, D, *S)."""
-        if self.window == 0:
-            return unflatten_spatial(y.reshape(x.shape[0], self.groups * y.shape[1], y.shape[2]), x)
+    def _merge(self, y: Tensor, x: Tensor) -> Tensor:
+        """Inverse of `_partition`, for the attention output over x (B, C, *S): (B, D, *S)."""
+        if self.window_size == 0:
+            return unflatten_spatial(
+                y.reshape(x.shape[0], self.num_heads * y.shape[1], y.shape[2]), x
+            )
         t, h, w, k_h, k_w = self._grid(x)
         b, d = x.shape[0], y.shape[1]
         n_h, n_w = (h + k_h - 1) // k_h, (w + k_w - 1) // k_w
-        y = y.reshape(b, n_h, n_w, self.groups, d, t, k_h, k_w).permute(0, 3, 4, 5, 1, 6, 2, 7)
-        y = y.reshape(b, self.groups * d * t, n_h * k_h, n_w * k_w)
+        y = y.reshape(b, n_h, n_w, self.num_heads, d, t, k_h, k_w).permute(0, 3, 4, 5, 1, 6, 2, 7)
+        y = y.reshape(b, self.num_heads * d * t, n_h * k_h, n_w * k_w)
         y = F.pad(y, [0, w - n_w * k_w, 0, h - n_h * k_h])
-        return unflatten_spatial(y.reshape(b, self.groups * d, t * h * w), x)
+        return unflatten_spatial(y.reshape(b, self.num_heads * d, t * h * w), x)
 
-    def _cut_mask(self, x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
-        """The keys that take part in each window and group, (B * windows * groups, positions)."""
-        if mask is None and self.window == 0:
+    def _partition_mask(self, x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
+        """Valid keys of each window and head, (B * windows * heads, positions of a window)."""
+        if mask is None and self.window_size == 0:
             return None
-        return (self._cut(float_mask(x, mask), 1) > 0).expand(-1, self.groups, -1).flatten(0, 1)
+        return (
+            (self._partition(float_mask(x, mask), 1) > 0)
+            .expand(-1, self.num_heads, -1)
+            .flatten(0, 1)
+        )

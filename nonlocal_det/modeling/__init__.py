@@ -1,5 +1,6 @@
-"""Where blocks go in a detector. Importing it registers backbones and heads in detectron2."""
+"""Backbones and heads with non-local blocks; importing this registers them in detectron2."""
 
+from ..utils.deprecation import renamed_attributes
 from . import heads
 from .backbone import (
     NonLocalFPN,
@@ -12,3 +13,5 @@ from .backbone import (
 )
 from .block_factory import nonlocal_block_factory
 from .positions import PositionError, insert_non_local
+
+__getattr__ = renamed_attributes(__name__, {"block_maker": "nonlocal_block_factory"})

@@ -1,4 +1,4 @@
-"""Registered backbones: detectron2's own, with blocks at the positions of ``MODEL.NONLOCAL``."""
+"""Registered backbones: those of detectron2, with blocks at the configured positions."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from torch import Tensor
 from .block_factory import build_block, position_kwargs
 from .padding_mask import register_padding_mask_hooks
 from .positions import BlockFactory, PositionError, build_block_at, insert_non_local, parse_position
-from .supported_positions import FPN_LEVELS, output_positions
+from .supported_positions import FPN_LEVELS, output_positions, wrapped_backbone
 
 
-@torch.random.fork_rng(devices=())  # as in `insert_blocks`
+@torch.random.fork_rng(devices=())  # see `insert_blocks`
 def insert_after_outputs(
     backbone: Backbone,
     positions: Sequence[str],
     make_block: BlockFactory = build_block,
     mask_padding: bool = True,
 ) -> Backbone:
-    """Put blocks after named outputs of any detectron2 backbone, in place.
+    """Add blocks after outputs of any detectron2 backbone, in place.
 
-    No existing name changes: the blocks are new children, ``non_local.<output>``, and run when the
-    backbone has run. What a backbone computes from an output, as an FPN does a coarser level, it
-    computes from that output without its block.
+    Existing parameter names do not change: blocks are added as children ``non_local.<output>`` and
+    run after the backbone's forward. Outputs that the backbone derives from one another, such as
+    an FPN's p6 from p5, are therefore computed without the block.
 
     Args:
-        backbone: any backbone, for instance a RegNet, a ViT or an FPN.
-        positions: names of outputs, such as ``"p3"``, without an index.
-        make_block: as in `insert_non_local`.
-        mask_padding: keep what pads a batch out of the blocks; see ``padding``.
+        backbone: Any backbone, for instance a RegNet, a ViT or an FPN.
+        positions: Names of outputs, such as ``"p3"``, without an index.
+        make_block: Factory of blocks; see `insert_non_local`.
+        mask_padding: Whether to mask padding in the blocks; see
+            `nonlocal_det.modeling.padding_mask`.
 
     Returns:
         The same backbone.
 
     Raises:
-        PositionError: for an output that the backbone does not have, or that is named twice.
+        PositionError: If the backbone does not have an output, or one is given twice.
     """
     shapes = backbone.output_shape()
     old = getattr(backbone, "non_local", nn.ModuleDict())
@@ -70,7 +71,7 @@ def insert_after_outputs(
 def _run_blocks(
     self: Backbone, inputs: tuple[Tensor], outputs: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A forward hook; a typed function of the module scripts, copies and pickles with it."""
+    """A forward hook: being a typed module-level function, it can be scripted and pickled."""
     for name, block in self.non_local.items():
         outputs[name] = block(outputs[name])
     return outputs
@@ -83,12 +84,17 @@ def nonlocal_resnet(
     mask_padding: bool = True,
     **resnet: Any,
 ) -> ResNet:
-    """detectron2's ``ResNet(**resnet)`` with blocks after residual blocks; see `insert_non_local`.
+    """Build detectron2's ResNet with blocks after residual blocks.
 
-    With ``mask_padding``, what pads a batch is kept out of the blocks; see ``padding``.
+    Args:
+        positions: Positions of blocks, such as ``"res4[-2]"``.
+        make_block: Factory of blocks; see `insert_non_local`.
+        mask_padding: Whether to mask padding in the blocks; see
+            `nonlocal_det.modeling.padding_mask`.
+        resnet: Arguments of detectron2's ``ResNet``.
 
     Raises:
-        PositionError: also for a position in a stage that ``freeze_at`` freezes.
+        PositionError: If a position does not exist, is given twice, or is in a frozen stage.
     """
     return _insert_into_resnet(ResNet(**resnet), positions, make_block, mask_padding)
 
@@ -97,12 +103,12 @@ def _insert_into_resnet(
     resnet: ResNet, positions: Sequence[str], make_block: BlockFactory, mask_padding: bool
 ) -> ResNet:
     stages = {name: getattr(resnet, name) for name in resnet.stage_names}
-    free = [n for n, stage in stages.items() if any(p.requires_grad for p in stage.parameters())]
+    trainable = [n for n, s in stages.items() if any(p.requires_grad for p in s.parameters())]
     for position in map(parse_position, positions):
-        if position.target in stages and position.target not in free:
+        if position.target in stages and position.target not in trainable:
             raise PositionError(
-                f"Position {position.text!r}: {position.target} is frozen, and a block there would "
-                f"not be. Lower MODEL.BACKBONE.FREEZE_AT, or choose from {', '.join(free)}."
+                f"Position {position.text!r}: {position.target} is frozen, but a block there would "
+                f"train. Lower MODEL.BACKBONE.FREEZE_AT, or choose from {', '.join(trainable)}."
             )
     if insert_non_local(resnet, positions, make_block) and mask_padding:
         register_padding_mask_hooks(resnet)
@@ -120,22 +126,29 @@ class NonLocalFPN(FPN):
         mask_padding: bool = True,
         **fpn: Any,
     ) -> None:
-        """``fpn`` are the arguments of detectron2's FPN."""
+        """Build the FPN, then add the blocks.
+
+        Args:
+            positions: Names of outputs, such as ``"p3"``.
+            make_block: Factory of blocks; see `insert_non_local`.
+            mask_padding: Whether to mask padding in the blocks.
+            fpn: Arguments of detectron2's FPN.
+        """
         super().__init__(**fpn)
         insert_after_outputs(self, positions, make_block, mask_padding)
 
 
 @BACKBONE_REGISTRY.register()
 def build_nonlocal_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """detectron2's ResNet with blocks after residual blocks, of stages that are not frozen."""
+    """Build detectron2's ResNet with blocks after residual blocks of stages that are not frozen."""
     resnet = build_resnet_backbone(cfg, input_shape)
-    # Of a C4 model, res5 is in the head, and so are its blocks.
+    # In a C4 model, res5 is in the head, and so are its blocks.
     return _insert_into_resnet(resnet, **_insertion_kwargs(cfg, *resnet.stage_names))
 
 
 @BACKBONE_REGISTRY.register()
 def build_nonlocal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NonLocalFPN:
-    """The ResNet-FPN of Mask R-CNN with blocks in the ResNet and after the FPN's outputs."""
+    """Build the ResNet-FPN of Mask R-CNN with blocks in the ResNet and after FPN outputs."""
     return _build_fpn(cfg, input_shape, lambda bottom_up: LastLevelMaxPool())
 
 
@@ -143,7 +156,7 @@ def build_nonlocal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> 
 def build_nonlocal_retinanet_resnet_fpn_backbone(
     cfg: CfgNode, input_shape: ShapeSpec
 ) -> NonLocalFPN:
-    """The ResNet-FPN of RetinaNet, likewise."""
+    """Build the ResNet-FPN of RetinaNet with blocks in the ResNet and after FPN outputs."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return _build_fpn(
         cfg,
@@ -169,13 +182,13 @@ def _build_fpn(
 
 @BACKBONE_REGISTRY.register()
 def build_nonlocal_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """Any registered backbone, ``MODEL.NONLOCAL.BACKBONE``, with blocks after its outputs."""
+    """Build ``MODEL.NONLOCAL.WRAPPED_BACKBONE``, any registered one, with blocks after outputs."""
     insertion = _insertion_kwargs(cfg, *output_positions(cfg))
-    backbone = BACKBONE_REGISTRY.get(cfg.MODEL.NONLOCAL.BACKBONE)(cfg, input_shape)
+    backbone = BACKBONE_REGISTRY.get(wrapped_backbone(cfg))(cfg, input_shape)
     return insert_after_outputs(backbone, **insertion)
 
 
-def _insertion_kwargs(cfg: CfgNode, *places: str) -> dict[str, Any]:
-    """The arguments of a backbone that takes blocks at ``places``."""
+def _insertion_kwargs(cfg: CfgNode, *targets: str) -> dict[str, Any]:
+    """The arguments of a backbone that supports positions with these targets."""
     mask_padding = cfg.MODEL.NONLOCAL.MASK_PADDING
-    return {**position_kwargs(cfg, *places), "mask_padding": mask_padding}
+    return {**position_kwargs(cfg, *targets), "mask_padding": mask_padding}

@@ -1,8 +1,9 @@
-"""From the settings of ``MODEL.NONLOCAL`` to blocks."""
+"""Building blocks from the settings of ``MODEL.NONLOCAL``."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,71 +11,106 @@ import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 
-from ..config import default_settings
+from ..config import default_settings, with_new_keys
 from ..layers import MECHANISMS
+from ..utils.deprecation import warn_renamed
 from ..utils.validation import check_choice
 from .positions import BlockFactory
 from .supported_positions import check_positions
 
 NORMS = ("", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "GN")
-# Keys of MODEL.NONLOCAL that do not say what a block is.
-NON_BLOCK_KEYS = ("POSITIONS", "BACKBONE", "MASK_PADDING", "VIS_PERIOD")
+# Keys of MODEL.NONLOCAL that are no settings of a block.
+NON_BLOCK_KEYS = ("POSITIONS", "WRAPPED_BACKBONE", "MASK_PADDING", "VIS_PERIOD")
 
 
-def position_kwargs(cfg: CfgNode, *places: str) -> dict[str, Any]:
-    """The arguments ``positions`` and ``build_block`` of what takes blocks at ``places``.
+def position_kwargs(cfg: CfgNode, *targets: str) -> dict[str, Any]:
+    """The arguments ``positions`` and ``make_block`` of a backbone or head.
+
+    Args:
+        cfg: The configuration.
+        targets: Targets of positions that the backbone or head supports, such as "res4".
 
     Raises:
-        PositionError: if any position of the configuration, here or elsewhere, has no taker.
+        PositionError: If any position of the configuration, also of another target, is unsupported.
     """
     positions = check_positions(cfg)
     return {
-        "positions": [position.text for position in positions if position.target in places],
-        "make_block": nonlocal_block_factory(**_block_settings(cfg.MODEL.NONLOCAL)),
+        "positions": [position.text for position in positions if position.target in targets],
+        "make_block": partial(build_block, **_block_settings(cfg.MODEL.NONLOCAL)),
     }
 
 
 def nonlocal_block_factory(**settings: Any) -> BlockFactory:
-    """A function from a number of channels, and settings over these, to a block.
+    """A function from a number of channels, and settings that override these, to a block.
 
     Args:
-        settings: keys of ``MODEL.NONLOCAL``, such as ``PAIRWISE="dot_product"``; what is not given
-            has its default there.
+        settings: Keys of ``MODEL.NONLOCAL`` in lower case, such as ``pairwise="dot_product"``;
+            the others have their defaults there.
 
     Raises:
-        ValueError: by the function: for a setting that does not exist or a value that is no choice.
+        ValueError: When the function is called, if a setting does not exist or has a wrong value.
     """
+    for key in filter(str.isupper, settings):
+        warn_renamed(f"nonlocal_block_factory({key}=)", f"{key.lower()}=")
     return partial(build_block, **settings)
 
 
 def build_block(channels: int, **settings: Any) -> nn.Module:
-    """A block for ``channels`` channels, by settings as in `nonlocal_block_factory`."""
-    defaults = _block_settings(default_settings())
-    for key in settings:
-        check_choice("A setting", key, tuple(defaults))
-    chosen = {**defaults, **settings}
-    check_choice("MODEL.NONLOCAL.MECHANISM", chosen["MECHANISM"], tuple(MECHANISMS))
-    reduction = chosen["REDUCTION"]
+    """Build one block.
+
+    Args:
+        channels: Number of input and output channels.
+        settings: Keys of ``MODEL.NONLOCAL``, in upper case as in positions or in lower case; the
+            last of the same key counts.
+
+    Raises:
+        ValueError: If a setting does not exist or has a wrong value.
+    """
+    chosen = _complete(settings)
+    check_choice("MODEL.NONLOCAL.MECHANISM", chosen["mechanism"], tuple(MECHANISMS))
+    reduction = chosen["reduction"]
     if not isinstance(reduction, int) or not 1 <= reduction <= channels:
         raise ValueError(
             f"MODEL.NONLOCAL.REDUCTION is {reduction!r}; it divides {channels} channels, so it "
             f"must be an integer from 1 to {channels}."
         )
-    mechanism = MECHANISMS[chosen["MECHANISM"]]
-    arguments = {key.lower(): value for key, value in chosen.items()}
-    arguments["inner_channels"] = channels // reduction
-    arguments["norm"] = _norm(chosen["NORM"])
-    # Each mechanism takes the settings that its constructor names.
-    taken = inspect.signature(mechanism).parameters.keys() & arguments.keys()
-    return mechanism(channels, **{name: arguments[name] for name in taken})
+    mechanism = MECHANISMS[chosen["mechanism"]]
+    arguments = {
+        **chosen,
+        "inner_channels": channels // reduction,
+        "norm": _norm(chosen["norm"]),
+    }
+    # Each mechanism gets the settings that its constructor names.
+    names = inspect.signature(mechanism).parameters.keys() & arguments.keys()
+    return mechanism(channels, **{name: arguments[name] for name in names})
 
 
-def _block_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in NON_BLOCK_KEYS}
+def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a block, in lower case: the defaults and, over them, those given."""
+    defaults = _block_settings(default_settings())
+    chosen = {key.lower(): value for key, value in defaults.items()}
+    for key, value in with_new_keys(settings).items():
+        check_choice("A setting", key, tuple(defaults if key.isupper() else chosen))
+        chosen[key.lower()] = value
+    return _without_grouped(chosen)
+
+
+def _without_grouped(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the former mechanism "grouped", whose GROUPS are heads, under its new name."""
+    if chosen["mechanism"] != "grouped":
+        return chosen
+    warn_renamed("MODEL.NONLOCAL.MECHANISM 'grouped'", "'windowed', with NUM_HEADS for GROUPS")
+    heads = chosen["groups"] if chosen["num_heads"] == 1 else chosen["num_heads"]
+    return {**chosen, "mechanism": "windowed", "num_heads": heads}
+
+
+def _block_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = with_new_keys(settings).items()
+    return {key: value for key, value in kept if key not in NON_BLOCK_KEYS}
 
 
 def _norm(name: str) -> Any:
-    """detectron2's norms by name; the layers take a callable, or "" for none."""
+    """detectron2's norm of that name, as a callable; the layers take "" for none."""
     if name == "FrozenBN":
         raise ValueError(
             "MODEL.NONLOCAL.NORM is 'FrozenBN': a new block starts with a zero gamma, and a frozen "

@@ -1,4 +1,4 @@
-"""Registered heads: detectron2's own, with blocks at the positions of ``MODEL.NONLOCAL``."""
+"""Registered heads: those of detectron2, with blocks at the configured positions."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ from .block_factory import build_block, position_kwargs
 from .positions import BlockFactory, InsertionPoint, insert_blocks, insert_non_local, parse_position
 
 
-class _TakesBlocks:
-    """Adds blocks to a head that is an ``nn.Sequential`` running its children in their order.
+class _NonLocalHeadMixin:
+    """Adds blocks to a head that is an ``nn.Sequential``.
 
-    ``place[k]`` is after the k-th of the children that match ``counted``. The blocks come after the
-    head has initialised itself: the keypoint head fills everything that is named weight.
+    Blocks are added after the head has initialized itself, because the keypoint head initializes
+    every parameter named weight.
+
+    Attributes:
+        target: Target of the head's positions; ``target[k]`` is after its k-th convolution.
+        conv_pattern: Regular expression for the names of these convolutions.
     """
 
     target: ClassVar[str]
-    counted: ClassVar[str]
+    conv_pattern: ClassVar[str]
 
     @configurable
     def __init__(
@@ -45,9 +49,16 @@ class _TakesBlocks:
         make_block: BlockFactory = build_block,
         **head: Any,
     ) -> None:
-        """``head`` are the arguments of detectron2's head; the others are `insert_non_local`'s."""
+        """Build the head, then add the blocks.
+
+        Args:
+            input_shape: Shape of the RoI features.
+            positions: Positions of blocks, such as ``"mask_head[-1]"``.
+            make_block: Factory of blocks; see `insert_non_local`.
+            head: Arguments of detectron2's head.
+        """
         super().__init__(input_shape, **head)
-        names = [name for name in self._modules if re.fullmatch(self.counted, name)]
+        names = [name for name in self._modules if re.fullmatch(self.conv_pattern, name)]
         points = [
             InsertionPoint(self, "", name, position)
             for position in map(parse_position, positions)
@@ -57,37 +68,38 @@ class _TakesBlocks:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Arguments of the constructor, from a configuration."""
         head = super().from_config(cfg, input_shape)
         return {**head, **position_kwargs(cfg, cls.target)}
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
-class NonLocalFastRCNNConvFCHead(_TakesBlocks, FastRCNNConvFCHead):
-    """The box head; ``box_head[k]`` is after its k-th convolution, of which there must be some."""
+class NonLocalFastRCNNConvFCHead(_NonLocalHeadMixin, FastRCNNConvFCHead):
+    """Box head with blocks; ``box_head[k]`` is after the k-th convolution (``NUM_CONV`` > 0)."""
 
     target = "box_head"
-    counted = r"conv\d+"
+    conv_pattern = r"conv\d+"
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class NonLocalMaskRCNNConvUpsampleHead(_TakesBlocks, MaskRCNNConvUpsampleHead):
-    """The mask head; ``mask_head[k]`` is after its k-th 3x3 convolution."""
+class NonLocalMaskRCNNConvUpsampleHead(_NonLocalHeadMixin, MaskRCNNConvUpsampleHead):
+    """Mask head with blocks; ``mask_head[k]`` is after the k-th 3x3 convolution."""
 
     target = "mask_head"
-    counted = r"mask_fcn\d+"
+    conv_pattern = r"mask_fcn\d+"
 
 
 @ROI_KEYPOINT_HEAD_REGISTRY.register()
-class NonLocalKRCNNConvDeconvUpsampleHead(_TakesBlocks, KRCNNConvDeconvUpsampleHead):
-    """The keypoint head; ``keypoint_head[k]`` is after its k-th 3x3 convolution and ReLU."""
+class NonLocalKRCNNConvDeconvUpsampleHead(_NonLocalHeadMixin, KRCNNConvDeconvUpsampleHead):
+    """Keypoint head with blocks; ``keypoint_head[k]`` is after the k-th convolution's ReLU."""
 
     target = "keypoint_head"
-    counted = r"conv_fcn_relu\d+"
+    conv_pattern = r"conv_fcn_relu\d+"
 
 
 @ROI_HEADS_REGISTRY.register()
 class NonLocalRes5ROIHeads(Res5ROIHeads):
-    """The heads of a C4 model, where res5 runs inside each region; ``res5[k]`` is in there."""
+    """RoI heads of a C4 model with blocks in res5, which runs on each RoI: ``res5[k]``."""
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:

@@ -1,7 +1,8 @@
-"""Positions, ``"res4[-2]"``, and the insertion of blocks after what they select.
+"""The syntax of positions, such as ``"res4[-2]"``, and the insertion of blocks after them.
 
-A position is a place, an index or slice in Python's own syntax where the place holds several
-things, and settings of its own where it needs any: ``"res3[1::2] PAIRWISE=dot_product"``.
+A position is a target (a stage, an output, a head or a module), an index or slice in Python's own
+syntax if the target has several children, and optionally settings that apply to its blocks alone:
+``"res3[1::2] PAIRWISE=dot_product"``.
 """
 
 from __future__ import annotations
@@ -22,27 +23,38 @@ _EXAMPLES = "'res4[-2]', 'res3[1::2]', 'p3', 'mask_head[-1]', 'res3[:] PAIRWISE=
 
 
 class PositionError(ValueError):
-    """A position that cannot be read, that the model does not have, or that nothing consumes."""
+    """Error for a position that cannot be read, does not exist, or whose output is not used."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """One entry of ``MODEL.NONLOCAL.POSITIONS``."""
+    """One entry of ``MODEL.NONLOCAL.POSITIONS``.
+
+    Attributes:
+        text: The entry as it was written.
+        target: The part of the model that it refers to: a stage, an output, a head or a module.
+        index: Index or slice of the target's children, or None.
+        settings: Block settings that apply at this position alone.
+    """
 
     text: str
     target: str
     index: Union[int, slice, None] = None
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def select(self, names: Sequence[str], what: str) -> list[str]:
-        """Those of ``names`` that the index selects; ``what`` says in the plural what they are.
+    def select(self, names: Sequence[str], kind: str) -> list[str]:
+        """Select children of the target by the index.
+
+        Args:
+            names: Names of the children that count.
+            kind: Plural noun for these children, for messages.
 
         Raises:
-            PositionError: if there is no index, or it selects nothing.
+            PositionError: If there is no index, or it selects nothing.
         """
         if self.index is None:
             raise PositionError(
-                f"Position {self.text!r}: {self.target} has {len(names)} {what}; say after which, "
+                f"Position {self.text!r}: {self.target} has {len(names)} {kind}; say after which, "
                 f"as in '{self.target}[-1]' or '{self.target}[:]'."
             )
         try:
@@ -51,19 +63,19 @@ class Position:
             selected = []
         if not selected:
             span = f"from 0 to {len(names) - 1}, or -1 to -{len(names)} from the end"
-            there = f"indices go {span}" if names else "there is no place to insert"
+            there = f"indices go {span}" if names else "there is nothing to insert a block after"
             raise PositionError(
-                f"Position {self.text!r} selects nothing: {self.target} has {len(names)} {what}; "
+                f"Position {self.text!r} selects nothing: {self.target} has {len(names)} {kind}; "
                 f"{there}."
             )
         return [selected] if isinstance(selected, str) else list(selected)
 
 
 def parse_position(text: str) -> Position:
-    """Read one position.
+    """Parse one position.
 
     Raises:
-        PositionError: if it does not follow the syntax, with examples that do.
+        PositionError: If it does not follow the syntax; the message gives examples that do.
     """
     match = _SYNTAX.fullmatch(text.strip()) if isinstance(text, str) else None
     index = None
@@ -71,8 +83,8 @@ def parse_position(text: str) -> Position:
         index = _parse_index(match["index"])
     if match is None or (match["index"] is not None and index is None):
         raise PositionError(
-            f"{text!r} is not a position. Write a place and, where it holds several things, an "
-            f"index or slice: {_EXAMPLES}."
+            f"{text!r} is not a position. Write a stage, output, head or module and, if it has "
+            f"several children, an index or slice: {_EXAMPLES}."
         )
     pairs = (setting.split("=", 1) for setting in match["settings"].split())
     return Position(text, match["target"], index, {key: _literal(value) for key, value in pairs})
@@ -98,20 +110,21 @@ def _literal(value: str) -> Any:
 def insert_non_local(
     module: nn.Module, positions: Iterable[str], make_block: BlockFactory
 ) -> list[str]:
-    """Put blocks into any CNN, in place, after named children that run in sequence.
+    """Insert blocks into any CNN, in place, after children of its ``nn.Sequential`` modules.
 
     Args:
-        module: the network, for instance a torchvision ResNet.
-        positions: ``"layer3.4"`` names one child of an ``nn.Sequential``; ``"layer3[-2]"`` and
-            ``"layer3[1::2]"`` count its children.
-        make_block: from a number of channels to a block, for instance ``NonLocalBlock``; a
-            position's own settings come as further keyword arguments.
+        module: The network, for instance a torchvision ResNet.
+        positions: Positions of the blocks. ``"layer3.4"`` names one child of an ``nn.Sequential``;
+            ``"layer3[-2]"`` and ``"layer3[1::2]"`` index its children.
+        make_block: Factory from a number of channels to a block, for instance ``NonLocalBlock``. It
+            gets a position's own settings as keyword arguments.
 
     Returns:
-        The names of the new blocks, such as ``"layer3.nl4"``. No existing name changes.
+        The names of the new blocks, such as ``"layer3.nl4"``. Existing names do not change.
 
     Raises:
-        PositionError: if a place does not exist, is not in an ``nn.Sequential``, or is named twice.
+        PositionError: If a position does not exist, is not in an ``nn.Sequential``, or is given
+            twice.
     """
     points = []
     for position in map(parse_position, positions):
@@ -123,7 +136,7 @@ def insert_non_local(
 
 
 def _locate(module: nn.Module, position: Position) -> tuple[str, list[str]]:
-    """The path of a Sequential below ``module`` and the names of its children selected."""
+    """Find the path of a position's ``nn.Sequential`` and the names of the selected children."""
     parts = position.target.split(".")
     sequences = {n: m for n, m in module.named_modules() if isinstance(m, nn.Sequential)}
     parent = sequences.get(".".join(parts[:-1]))
@@ -131,8 +144,8 @@ def _locate(module: nn.Module, position: Position) -> tuple[str, list[str]]:
         return ".".join(parts[:-1]), [parts[-1]]
     if position.target not in sequences:
         raise PositionError(
-            f"Position {position.text!r}: {type(module).__name__} runs nothing of that name in a "
-            f"sequence. Its sequences are {', '.join(sequences) or 'none'}."
+            f"Position {position.text!r}: {type(module).__name__} has no nn.Sequential "
+            f"{position.target!r}; it has {', '.join(sequences) or 'none'}."
         )
     names = list(sequences[position.target]._modules)
     inserted = set(map(block_name, names))
@@ -141,13 +154,20 @@ def _locate(module: nn.Module, position: Position) -> tuple[str, list[str]]:
 
 
 def block_name(child: str) -> str:
-    """What the block after a child is called."""
+    """Name of the block after a child."""
     return f"nl{child}" if child.isdigit() else f"nl_{child}"
 
 
 @dataclass(frozen=True)
 class InsertionPoint:
-    """The place of one block: after the child ``name`` of ``sequence``, called ``path``."""
+    """Insertion point of one block.
+
+    Attributes:
+        sequence: The ``nn.Sequential`` that gets the block.
+        path: Dotted name of that sequence in the network.
+        name: Name of the child that the block follows.
+        position: The position that selected the child.
+    """
 
     sequence: nn.Sequential
     path: str
@@ -156,20 +176,27 @@ class InsertionPoint:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The children of the sequence up to and with the one that the block follows."""
+        """The children of the sequence up to and including the one that the block follows."""
         names = list(self.sequence._modules)
         return list(self.sequence)[: names.index(self.name) + 1]
 
 
-# So what is random in a block shifts nothing else: for the same seed, a detector starts with the
-# same weights with and without blocks.
+# Initializing blocks does not advance the global random generator: for the same seed, a detector
+# has the same initial weights with and without blocks.
 @torch.random.fork_rng(devices=())
 def insert_blocks(points: Sequence[InsertionPoint], make_block: BlockFactory) -> list[str]:
-    """Put a block at each insertion point; the names of the blocks.
+    """Insert a block at each insertion point.
+
+    Args:
+        points: Insertion points, in the order in which blocks are built.
+        make_block: Factory of blocks; see `insert_non_local`.
+
+    Returns:
+        The names of the blocks, in the order of the points.
 
     Raises:
-        PositionError: If two positions name one insertion point, or a position's settings make no
-            block; the module is then left as it was.
+        PositionError: If two positions select the same insertion point, or a position's settings
+            are wrong; the network is then unchanged.
     """
     blocks: dict[str, nn.Module] = {}
     for point in points:
@@ -178,7 +205,7 @@ def insert_blocks(points: Sequence[InsertionPoint], make_block: BlockFactory) ->
         if name in blocks or new in point.sequence._modules:
             raise PositionError(
                 f"Position {point.position.text!r} puts a second block after {point.name} of "
-                f"{point.path or 'the module'}; each place takes one."
+                f"{point.path or 'the module'}; each insertion point takes one."
             )
         channels = output_channels(point.layers)
         block = build_block_at(point.position, channels, make_block)
@@ -190,10 +217,15 @@ def insert_blocks(points: Sequence[InsertionPoint], make_block: BlockFactory) ->
 
 
 def build_block_at(position: Position, channels: int, make_block: BlockFactory) -> nn.Module:
-    """A block with the position's own settings.
+    """Build a block with the position's own settings.
+
+    Args:
+        position: Position whose settings apply.
+        channels: Number of channels at the insertion point.
+        make_block: Factory of blocks; see `insert_non_local`.
 
     Raises:
-        PositionError: with what is wrong with them.
+        PositionError: If a setting is wrong; the message says which and why.
     """
     try:
         return make_block(channels, **position.settings)
@@ -202,10 +234,10 @@ def build_block_at(position: Position, channels: int, make_block: BlockFactory) 
 
 
 def _insert_after(sequence: nn.Sequential, name: str, block: nn.Module) -> None:
-    """Add all children again in their order, the block among them.
+    """Insert a block after a child, by adding all children again in order.
 
-    So their names, the sequence itself and every other reference to it stay what they were:
-    detectron2's ResNet keeps a second one in ``stages``.
+    Their names and the sequence object itself stay, so other references to it, such as ``stages``
+    of detectron2's ResNet, remain valid.
     """
     children = list(sequence._modules.items())
     sequence._modules.clear()
@@ -216,9 +248,13 @@ def _insert_after(sequence: nn.Sequential, name: str, block: nn.Module) -> None:
 
 
 def output_channels(layers: Sequence[nn.Module]) -> int:
-    """The channels that the last of ``layers`` gives, by its own word or its last inner layer's.
+    """Infer the output channels of layers that run in sequence.
 
-    A layer that does not tell, such as a ReLU, gives what it gets.
+    They are the ``out_channels`` or ``out_features`` of the last layer, or inside it, that has one;
+    layers without, such as a ReLU, keep the number of channels.
+
+    Raises:
+        PositionError: If no layer has either.
     """
     for layer in reversed(layers):
         for part in (layer, *reversed(list(layer.modules()))):
@@ -227,4 +263,4 @@ def output_channels(layers: Sequence[nn.Module]) -> int:
                 if isinstance(channels, int):
                     return channels
     names = ", ".join(type(layer).__name__ for layer in layers)
-    raise PositionError(f"It cannot be told how many channels come out of {names}.")
+    raise PositionError(f"Cannot infer the output channels of {names}.")

@@ -81,16 +81,6 @@ def renamed_method(old: str, new: str) -> Callable[..., Any]:
     return call
 
 
-def renamed_property(old: str, new: str) -> property:
-    """Build the property of the former name ``old``, which reads the property ``new``."""
-
-    def get(self: Any) -> Any:
-        warn_renamed(f"{type(self).__name__}.{old}", new)
-        return getattr(self, new)
-
-    return property(get)
-
-
 def renamed_value(name: str, value: Any, renamed: Mapping[str, str]) -> Any:
     """Replace the former value of a setting.
 

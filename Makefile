@@ -14,7 +14,7 @@ test: lint
 
 # The documentation as a site, in site/. A broken link is an error.
 docs: setup
-	"$(BIN)" -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 "$(BIN)" -m mkdocs build --strict
 
 # Makes the environment, repairs one whose making was interrupted, passes through a finished one.
 setup:

@@ -27,7 +27,7 @@ RUN = (
     *(*SMALL, "SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATION_STEPS", "2"),
     *("MODEL.NONLOCAL.NORM", "SyncBN", "MODEL.RESNETS.NORM", "SyncBN"),
 )
-BY_TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+BY_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def start(script, *arguments, by=(), datasets=""):

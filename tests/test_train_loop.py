@@ -17,6 +17,8 @@ from nonlocal_det.engine import GradAccumTrainer
 from nonlocal_det.layers import NonLocalBase
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+# Of no proposal: regions are the annotated boxes alone, whatever rounding ranks first.
+SAME_ROIS = ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 0]
 CLIP = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"]
 
 
@@ -62,7 +64,8 @@ def test_by_default_an_iteration_is_bit_exact_with_detectron2s():
         (MASK, ("res4[-2]",), ("MODEL.NONLOCAL.NORM", "GN")),
         (MASK, ("res4[-2] PAIRWISE=dot_product", "p3 PAIRWISE=concatenation"), ()),
         (MASK, ("res3[0] MECHANISM=global_context", "p4 MECHANISM=disentangled"), ()),
-        (MASK, ("res3[0] MECHANISM=compact_generalized", "p4 MECHANISM=windowed"), ()),
+        # After res5, where features are small: this one's sums are cubic in them.
+        (MASK, ("res5[0] MECHANISM=compact_generalized", "p4 MECHANISM=windowed"), ()),
         ("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml", ("res4[-2]", "res5[0]"), ()),
         (
             "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
@@ -76,7 +79,7 @@ def test_by_default_an_iteration_is_bit_exact_with_detectron2s():
 )
 def test_bfloat16_on_a_cpu_is_near_float32(path, positions, options):
     """No operator of any kind of model gets a dtype that it does not support."""
-    cfg = zoo_config(path, ["MODEL.NONLOCAL.NORM", "", *options])
+    cfg = zoo_config(path, ["MODEL.NONLOCAL.NORM", "", *SAME_ROIS, *options])
     cfg.MODEL.NONLOCAL.POSITIONS = positions
     # No map may be 1 x 1: there torch 2.15's gradient of a strided convolution in bfloat16, such
     # as RetinaNet's p7, reads memory that nothing wrote.
@@ -93,8 +96,8 @@ def test_bfloat16_on_a_cpu_is_near_float32(path, positions, options):
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
         for name, block in model.named_modules():
             assert not isinstance(block, NonLocalBase) or block.out.weight.grad.any(), name
-    # The choice of RoIs may differ, by a box among some: losses over them are near, not equal.
-    assert written[torch.bfloat16] == pytest.approx(written[None], rel=0.1, abs=0.6)
+    # A rounding is up to 1/256; the worst loss, a sum of small differences, is 1/100 off.
+    assert written[torch.bfloat16] == pytest.approx(written[None], rel=0.05)
     assert written[torch.bfloat16] != written[None]
 
 
@@ -167,18 +170,19 @@ def test_a_run_resumes_in_another_precision(first, second):
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_a_detector_learns_on_a_cpu(precision):
-    cfg = zoo_config(MASK)
+    cfg = zoo_config(MASK, SAME_ROIS)
     cfg.MODEL.NONLOCAL.POSITIONS = ("res4[-2]",)
     data = images(cfg, (64, 64), (64, 64))
     model = build_tame(cfg)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+    # A tenth of the rate at which it diverges.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0005, momentum=0.9)
     step = GradAccumTrainer(
-        model, [data] * 30, optimizer, accumulation_steps=2, precision=precision
+        model, [data] * 20, optimizer, accumulation_steps=2, precision=precision
     )
     losses = Losses()
     step.register_hooks([losses])
     torch.manual_seed(1)
-    step.train(0, 30)
+    step.train(0, 20)
     assert sum(losses.seen[-5:]) / 5 < 0.7 * losses.seen[0]
 
 

@@ -83,6 +83,21 @@ def blocks_of(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, NonLocalBase)}
 
 
+def in_float64(model):
+    """The same model, with rounding far below what gradients are; in training only."""
+    for module in model.double().modules():
+        if hasattr(module, "predict_proposals"):
+            module.predict_proposals = _in_float32(module.predict_proposals)
+    return model
+
+
+def _in_float32(predict_proposals):
+    """NMS takes scores of the dtype of its boxes, which detectron2 has in float32."""
+    return lambda anchors, logits, *rest: predict_proposals(
+        anchors, [level.float() for level in logits], *rest
+    )
+
+
 def names_without_blocks(model):
     inside = tuple(f"{name}." for name in blocks_of(model))
     return [name for name in model.state_dict() if not (inside and name.startswith(inside))]

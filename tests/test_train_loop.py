@@ -17,7 +17,7 @@ from nonlocal_det.engine import GradAccumTrainer
 from nonlocal_det.layers import NonLocalBase
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
-# Of no proposal: regions are the annotated boxes alone, whatever rounding ranks first.
+# No proposals: the RoIs are the annotated boxes alone, whatever rounding ranks first.
 SAME_ROIS = ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 0]
 CLIP = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"]
 

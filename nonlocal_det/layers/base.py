@@ -12,7 +12,8 @@ all positions.)
 Precision: convolutions run in the dtype of the module, or of autocast; softmaxes, means, sums over
 positions and the statistics of norms are computed in float32 or better. Values beyond the range of
 float16 are clamped to +-65504 instead of becoming inf and then, in a norm or times a zero, NaN. The
-output has the dtype of the input.
+output has the dtype of the input. Gradients of convolutions are PyTorch's, accumulated in the dtype
+of the module where a kernel does so: float16 needs a loss scaled to its range.
 """
 
 from __future__ import annotations

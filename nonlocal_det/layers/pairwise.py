@@ -51,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .casting import accum_dtype, saturating_cast, upcast, upcast_matmul
+from .casting import accum_dtype, is_tracing_or_compiling, saturating_cast, upcast, upcast_matmul
 from .hinge_sums import hinge_sums, hinge_sums_composite
 from .tiled_softmax import tiled_softmax_attention
 
@@ -229,11 +229,3 @@ def _dense_is_faster(a: Tensor, g: Tensor) -> bool:
         if is_tracing_or_compiling():
             return False
     return min(a.shape[1], g.shape[2]) <= g.shape[1]
-
-
-def is_tracing_or_compiling() -> bool:
-    """Whether operators are being captured by a tracer or compiler, for other sizes too."""
-    if torch.jit.is_scripting():
-        return False
-    else:
-        return torch.jit.is_tracing() or torch.compiler.is_compiling()

@@ -11,6 +11,7 @@ from detectron2.engine import default_setup
 
 from ..config import load_config
 from ..modeling.supported_positions import check_positions
+from ..utils.config_files import find_config_file
 from .custom_data import CustomDatasets, load_custom_datasets
 from .launch import resolve_device
 from .preflight import check_dataset_registered, preflight_check
@@ -51,6 +52,8 @@ def begin(cfg: Any, args: Namespace, folder: str, seed: int, *, moved: bool) -> 
         seed: of all draws.
         moved: whether it runs on another device than asked for.
     """
+    # detectron2 logs the content of the config file, which may be given by its name in the zoo.
+    args.config_file = find_config_file(args.config_file)
     default_setup(cfg, args)
     if not args.eval_only:
         append_run_info(folder, seed=seed, resume=args.resume)

@@ -116,7 +116,7 @@ def name(page: Any) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reader's folder."""
     folder = tmp_path_factory.mktemp("reader")
-    for shared in ("configs", "tools"):
+    for shared in ("configs", "nonlocal_det", "tools"):  # a checkout, with outputs of its own
         (folder / shared).symlink_to(ROOT / shared)
     for split in ("train", "val"):
         write_dataset(str(folder / "lamps"), split, 4, params=LampsParams(side=(96, 128)))
@@ -143,7 +143,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, *command: str) -> None:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
         "DETECTRON2_DATASETS": str(folder / "datasets"),
     }
     done = subprocess.run(

@@ -211,7 +211,7 @@ def test_a_wrong_suite_says_so(change: dict[str, Any], said: str, tmp_path: Path
 # ---- a study
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_study_from_training_to_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

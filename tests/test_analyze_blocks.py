@@ -7,13 +7,12 @@ counting queries twice and values never; prefix sums left out; a baseline with t
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from detectron2.modeling import build_model
 from tiny_models import NARROW, STOCK, blocks_of, renamed
+from tool_process import run_tool
 
 from nonlocal_det.benchmark import flops
 from nonlocal_det.cli.analyze import main, parse_args
@@ -116,7 +115,6 @@ def test_former_names_work_and_name_the_new_ones():
     with pytest.warns(FutureWarning, match="--json is now --output-json"):
         args = parse_args(["--config-file", CONFIG, "--json", "counts.json"])
     assert args.output_json == "counts.json"
-    script = str(ROOT / "tools" / "analyze_model.py")
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--output-json" in done.stdout
+    done = run_tool("analyze_model", "--help")
+    assert "--output-json" in done.stdout
     assert "FutureWarning: tools/analyze_model.py is now tools/analyze_blocks.py" in done.stderr

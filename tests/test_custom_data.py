@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from tool_process import run_tool
 
 from nonlocal_det.data.coco_validation import image_size, validate_coco
 from nonlocal_det.data.dataset_report import compare_splits
@@ -32,10 +32,7 @@ NAMES = {3: "lemon", 17: "sea", 40: "plum"}
 
 
 def train_net(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / "train_net.py")]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+    return run_tool("train_net", *arguments)
 
 
 def edit(path: Path, change) -> None:

@@ -17,7 +17,6 @@ import, a link, an anchor, a config's name and a make target misspelled.
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
 import shutil
@@ -36,6 +35,7 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 from PIL import Image
+from tool_process import run_script
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from nonlocal_det import add_nonlocal_config
@@ -141,19 +141,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *command: str) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "DETECTRON2_DATASETS": str(folder / "datasets"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    script, *arguments = command
+    env = {"DETECTRON2_DATASETS": str(folder / "datasets")}
+    run_script(folder / script, *arguments, cwd=folder, env=env)
 
 
 @pytest.mark.slow

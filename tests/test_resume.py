@@ -181,7 +181,7 @@ def test_metrics_are_truncated_where_training_resumes(
     assert path.read_text() == "".join(whole[:kept])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_many_kills_lose_nothing(whole: Workspace) -> None:
     """Killed at random moments, half of them inside the writing of a checkpoint.
 

@@ -7,13 +7,12 @@ weights; ignoring --resume.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tool_process import run_tool
 
 from nonlocal_det.cli.demo import print_table
 
@@ -29,19 +28,11 @@ SMALL = [
 
 def train_net(config: str, *arguments: object, datasets: Path) -> subprocess.CompletedProcess[str]:
     config_file = ("--config-file", PROJECT / "configs" / config)
-    return run_tool("train_net.py", *config_file, *arguments, datasets=datasets)
+    return run_tool("train_net", *config_file, *arguments, env=environment(datasets))
 
 
-def run_tool(name: str, *arguments: object, datasets: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / name)]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        env={**os.environ, "DETECTRON2_DATASETS": str(datasets)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+def environment(datasets: Path) -> dict[str, str]:
+    return {"DETECTRON2_DATASETS": str(datasets)}
 
 
 def last_results(output: Path) -> dict[str, float]:
@@ -88,7 +79,7 @@ def test_training_resumes(trained: Path, datasets: Path) -> None:
 
 
 def test_the_demo_shows_its_results_and_the_attention(datasets: Path, tmp_path: Path) -> None:
-    done = run_tool("demo.py", *SMALL, "OUTPUT_DIR", tmp_path, datasets=datasets)
+    done = run_tool("demo", *SMALL, "OUTPUT_DIR", tmp_path, env=environment(datasets))
     results, lines = last_results(tmp_path), done.stdout.splitlines()
     (titles,) = (line.split() for line in lines if line.split()[:1] == ["AP"])
     for task, name in (("bbox", "box"), ("segm", "mask")):
@@ -111,7 +102,7 @@ def test_the_demo_prints_each_number_in_its_place(capsys: pytest.CaptureFixture[
     ]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not COCO.exists(), reason="needs some COCO 2017 in ../shared/data/coco")
 def test_real_coco(tmp_path: Path) -> None:
     config = "mask_rcnn_R50_NL.yaml"

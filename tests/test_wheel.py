@@ -28,7 +28,7 @@ PARAMS = LampsParams(side=(48, 80), num_shapes=(1, 2), shape_size=(16, 24), lamp
 CONFIG = "lamps_mask_rcnn_R18_NL"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
 def run(*command: Any, cwd: Path, status: int = 0) -> str:

@@ -61,6 +61,7 @@ def test_a_block_by_hand(case):
     assert block["parameters"] == embedded * (C * D + D) + D * C + C + vector
 
 
+@pytest.mark.slow
 def test_without_blocks_it_is_the_stock_model():
     model, found = analyze("MODEL.NONLOCAL.POSITIONS", "('res3[:]', 'p2', 'mask_head[-1]')")
     assert list(found["blocks"]) == list(blocks_of(model))

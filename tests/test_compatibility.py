@@ -79,6 +79,7 @@ def test_a_dataset_is_accepted_and_left_as_it_is(folder: Path) -> None:
         ensure_dataset("lamps", {"train": 4, "val": 2}, seed=1, params=LampsParams(**PARAMS))
 
 
+@pytest.mark.slow
 def test_a_run_resumes(folder: Path) -> None:
     """With its seed, its optimizer and its records, from iteration 4 to 6."""
     arguments = ["--resume", "--config-file", "run/config.yaml"]

@@ -89,6 +89,7 @@ def issues_of(report) -> dict[str, int]:
     return {issue.type: issue.count for issue in report.issues}
 
 
+@pytest.mark.slow
 def test_training_and_evaluating_on_custom_datasets(custom: Path) -> None:
     def damage(content: dict) -> None:
         content["annotations"][0]["bbox"][2] = 0
@@ -118,6 +119,7 @@ def test_training_and_evaluating_on_custom_datasets(custom: Path) -> None:
     assert json.loads((custom / "again" / name).read_text()) == results
 
 
+@pytest.mark.slow
 def test_keypoints_come_from_the_file(custom: Path) -> None:
     for split in ("train", "val"):
         edit(custom / f"{split}.json", five_keypoints)
@@ -131,6 +133,7 @@ def test_keypoints_come_from_the_file(custom: Path) -> None:
     assert "keypoints/AP" in row
 
 
+@pytest.mark.slow
 def test_without_masks_boxes_are_learned(custom: Path) -> None:
     for split in ("train", "val"):
         edit(custom / f"{split}.json", lambda c: [a.pop("segmentation") for a in c["annotations"]])

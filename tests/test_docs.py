@@ -35,6 +35,7 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 from PIL import Image
+from tiny_training import write_short_lamps
 from tool_process import run_script
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -129,6 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "a" / "val.json", coco / "instances_val2017.json")
     with Image.open(folder / "a" / "val" / "000001.png") as image:
         image.convert("RGB").save(folder / "image.jpg")
+    write_short_lamps(folder / "datasets")
     cfg = load_config(str(ROOT / "configs" / DEMO))
     (folder / "output" / "demo").mkdir(parents=True)
     weights = {"model": build_model(cfg).state_dict()}

@@ -65,6 +65,7 @@ def lamps(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
 def test_an_exported_file_predicts_the_same(way, weights, lamps, tmp_path, capsys):

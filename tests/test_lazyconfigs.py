@@ -28,11 +28,11 @@ from tiny_models import (
     wake,
     zoo_config,
 )
+from tiny_training import write_short_lamps
 from tool_process import run_tool
 
 from nonlocal_det import PositionError
 from nonlocal_det.config import load_config
-from nonlocal_det.data import ensure_dataset
 from nonlocal_det.modeling import insert_after_outputs, nonlocal_block_factory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +140,7 @@ SHORT = (
 
 @pytest.mark.slow
 def test_training_resuming_and_evaluation(tmp_path):
+    write_short_lamps(tmp_path)
     output = f"train.output_dir={tmp_path / 'output'}"
     done = lazy_train(tmp_path, *CONFIG, *SHORT, output)
     assert "No GPU was found: this runs on the CPU." in done.stdout or torch.cuda.is_available()
@@ -151,9 +152,10 @@ def test_training_resuming_and_evaluation(tmp_path):
     assert "; no new block." in done.stdout and "copypaste: Task: bbox" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "flags"), [("train", ()), ("val", ("--eval-only",))])
 def test_an_image_that_cannot_be_loaded_is_named(split, flags, tmp_path):
-    ensure_dataset(str(tmp_path / "lamps"))
+    write_short_lamps(tmp_path)
     for path in (tmp_path / "lamps" / split).iterdir():
         path.write_bytes(path.read_bytes()[:200])
     output = f"train.output_dir={tmp_path / 'output'}"

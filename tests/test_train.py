@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import write_short_lamps
 from tool_process import run_tool
 
 from nonlocal_det.cli.demo import print_table
@@ -42,7 +43,7 @@ def last_results(output: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("datasets")
+    return write_short_lamps(tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, datasets: Path) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_training_writes_the_files_of_detectron2(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "last_checkpoint"} <= names
@@ -60,6 +62,7 @@ def test_training_writes_the_files_of_detectron2(trained: Path) -> None:
     assert {"bbox/AP50", "segm/AP50", "bbox/AP-amber"} <= last_results(trained).keys()
 
 
+@pytest.mark.slow
 def test_evaluation_alone_gives_the_same_numbers(
     trained: Path, datasets: Path, tmp_path: Path
 ) -> None:
@@ -71,6 +74,7 @@ def test_evaluation_alone_gives_the_same_numbers(
     assert first and second == first
 
 
+@pytest.mark.slow
 def test_training_resumes(trained: Path, datasets: Path) -> None:
     options = ("--resume", *SMALL, "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", trained)
     done = train_net(LAMPS, *options, datasets=datasets)
@@ -78,6 +82,7 @@ def test_training_resumes(trained: Path, datasets: Path) -> None:
     assert torch.load(trained / "model_final.pth", weights_only=True)["iteration"] == 3
 
 
+@pytest.mark.slow
 def test_the_demo_shows_its_results_and_the_attention(datasets: Path, tmp_path: Path) -> None:
     done = run_tool("demo", *SMALL, "OUTPUT_DIR", tmp_path, env=environment(datasets))
     results, lines = last_results(tmp_path), done.stdout.splitlines()

@@ -170,6 +170,7 @@ def test_a_run_resumes_in_another_precision(first, second):
     step(second).load_state_dict(step(first).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_a_detector_learns_on_a_cpu(precision):
     cfg = zoo_config(MASK, SAME_ROIS)

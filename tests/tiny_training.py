@@ -16,6 +16,7 @@ from tiny_models import zoo_config
 from tool_process import ROOT, start_script, wait
 
 from nonlocal_det.data import LampsParams, write_dataset
+from nonlocal_det.data.lamps.writer import SPLITS, annotation_file
 
 DATASET = "tiny_lamps"
 IMAGE_PARAMS = LampsParams(side=(48, 80), num_shapes=(1, 2), shape_size=(16, 24), lamp_size=(8, 10))
@@ -84,6 +85,18 @@ def _prepare(data: Path, before: Any) -> None:
     )
     if before is not None:
         before()
+
+
+def write_short_lamps(root: Path) -> Path:
+    """Write a lamps dataset of 20 images that the tools take for the whole one; return ``root``."""
+    folder = str(root / "lamps")
+    for split, count in (("train", 12), ("val", 8)):
+        write_dataset(folder, split, count)
+        file = Path(annotation_file(folder, split))
+        content = json.loads(file.read_text())
+        content["info"]["count"] = SPLITS[split]
+        file.write_text(json.dumps(content))
+    return root
 
 
 def limit(kind: int, amount: int) -> None:

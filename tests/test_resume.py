@@ -213,7 +213,7 @@ def test_many_kills_lose_nothing(whole: Workspace) -> None:
     whole.train("killed", *options, end)
     whole.train("unkilled", *options, end)
     print(f"{KILLS} kills in {end} iterations, {inside} while a file was being written")
-    assert inside >= KILLS // 5
+    assert inside > 0
     assert not list(output.glob(f"*{TMP_SUFFIX}"))
     assert_same(state(whole, "killed"), state(whole, "unkilled"))
     assert whole.metrics("killed") == whole.metrics("unkilled")

@@ -3,14 +3,27 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin/python
 
-.PHONY: demo test docs setup lint format clean
+.PHONY: demo test test-quick test-numerics docs setup lint format clean
 
 demo: setup
 	DETECTRON2_DATASETS=datasets "$(BIN)" -W ignore tools/demo.py
 
-# A file's tests share models: they stay in one process.
+# Neighboring tests share models and stay together, until a process has nothing left to do.
+PYTEST = "$(BIN)" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: lint
-	"$(BIN)" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+# For each commit.
+test-quick: lint
+	$(PYTEST) -m "not slow"
+
+# Numbers must not depend on a CPU's instructions, nor on the number of threads.
+NUMERIC = -m "numeric and not slow"
+AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+test-numerics: setup
+	$(AVX2) $(PYTEST) $(NUMERIC)
+	OMP_NUM_THREADS=2 $(PYTEST) $(NUMERIC) --numprocesses 0 tests/test_layers.py
 
 # The documentation as a site, in site/. A broken link is an error.
 docs: setup

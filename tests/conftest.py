@@ -1,9 +1,9 @@
 """One thread, here and in the processes that tests start; pytest reads this before torch is loaded.
 
-Then sums are made in one order, results can be compared bit for bit, and tests side by side do not
-wait for one another's cores.
+Then tests side by side do not wait for one another's cores, and a server of processes can be
+forked. ``OMP_NUM_THREADS=2`` in the environment tests with two.
 """
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")

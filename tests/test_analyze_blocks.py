@@ -7,13 +7,12 @@ counting queries twice and values never; prefix sums left out; a baseline with t
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from detectron2.modeling import build_model
 from tiny_models import NARROW, STOCK, blocks_of, renamed
+from tool_process import run_tool
 
 from nonlocal_det.benchmark import flops
 from nonlocal_det.cli.analyze import main, parse_args
@@ -62,6 +61,7 @@ def test_a_block_by_hand(case):
     assert block["parameters"] == embedded * (C * D + D) + D * C + C + vector
 
 
+@pytest.mark.slow
 def test_without_blocks_it_is_the_stock_model():
     model, found = analyze("MODEL.NONLOCAL.POSITIONS", "('res3[:]', 'p2', 'mask_head[-1]')")
     assert list(found["blocks"]) == list(blocks_of(model))
@@ -116,7 +116,6 @@ def test_former_names_work_and_name_the_new_ones():
     with pytest.warns(FutureWarning, match="--json is now --output-json"):
         args = parse_args(["--config-file", CONFIG, "--json", "counts.json"])
     assert args.output_json == "counts.json"
-    script = str(ROOT / "tools" / "analyze_model.py")
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--output-json" in done.stdout
+    done = run_tool("analyze_model", "--help")
+    assert "--output-json" in done.stdout
     assert "FutureWarning: tools/analyze_model.py is now tools/analyze_blocks.py" in done.stderr

@@ -41,6 +41,8 @@ from nonlocal_det.attention.geometry import image_grid
 from nonlocal_det.layers import MECHANISMS, PAIRWISE
 from nonlocal_det.utils.plotting import save_figure
 
+pytestmark = pytest.mark.numeric
+
 STRIDE = 8
 
 

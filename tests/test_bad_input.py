@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import pickle
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable, Union
@@ -27,6 +25,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from PIL import Image
+from tool_process import run_tool
 
 from nonlocal_det.cli import check_data
 from nonlocal_det.config import load_config
@@ -40,6 +39,7 @@ from nonlocal_det.engine.custom_data import load_custom_datasets
 PROJECT = Path(__file__).parents[1]
 LAMPS = "lamps_mask_rcnn_R18_NL.yaml"
 CUSTOM = ["--train-json", "custom.json", "--train-images", "images"]
+HERE = {"DETECTRON2_DATASETS": "."}
 KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.MASK_ON", "False"]
 
 
@@ -529,10 +529,8 @@ def test_a_corrupt_image_is_named_in_training(
     """Its header is valid: only loading it shows that it is truncated."""
     for path in Path("images").iterdir():
         path.write_bytes(path.read_bytes()[:200])
-    done = process(
-        "train_net",
-        *train(*CUSTOM, "OUTPUT_DIR", "new", "DATALOADER.NUM_WORKERS", workers, "SEED", "1"),
-    )
+    options = ("OUTPUT_DIR", "new", "DATALOADER.NUM_WORKERS", workers, "SEED", "1")
+    done = run_tool("train_net", *train(*CUSTOM, *options), fails=True, env=HERE)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     said = (
@@ -643,23 +641,13 @@ def test_other_tools_exit_with_a_one_line_error(
     assert contents(folder) == before
 
 
-def process(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / f"{name}.py")]
-    return subprocess.run(
-        [*command, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "DETECTRON2_DATASETS": "."},
-    )
-
-
 @pytest.mark.parametrize(
     "name", ["configuration: an unknown key", "weights: cut", "output: below a file"]
 )
 def test_processes_exit_with_that_error_and_exit_code_1(name: str, folder: Path) -> None:
     (flag, config, *options), said = TRAIN[name]
     before = contents(folder)
-    done = process("train_net", flag, config, *CUSTOM, *options)
+    done = run_tool("train_net", flag, config, *CUSTOM, *options, fails=True, env=HERE)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert all(part in done.stderr.strip().splitlines()[-1] for part in said)
     assert contents(folder) == before

@@ -8,33 +8,26 @@ its value elsewhere.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tool_process import run_tool
 
 from nonlocal_det.benchmark import detector
 from nonlocal_det.benchmark.cases import Case, make_function, minimum_operations
-from nonlocal_det.cli.benchmark import make_cases, parse_args
+from nonlocal_det.cli.benchmark import main, make_cases, parse_args
 from nonlocal_det.layers import PAIRWISE
 
 PROJECT = Path(__file__).parents[1]
 CONFIG = str(PROJECT / "configs" / "lamps_mask_rcnn_R18_NL.yaml")
 
 
-def benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / "benchmark.py")]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
-
-
-@pytest.mark.long
+@pytest.mark.slow
 def test_fast_and_dense_are_measured(tmp_path):
     case = ("--shape", "16x12x10", "--pairwise", "dot_product", "--mode", "inference")
-    done = benchmark(*case, "--repeats", 1, "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_tool("benchmark", *case, "--repeats", 1, "--output", tmp_path)
     (row,) = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     assert row["fast_seconds"] > 0 and row["dense_seconds"] > 0 and row["matmul_rate"] > 0
     assert (tmp_path / "benchmark.png").stat().st_size > 0
@@ -49,10 +42,11 @@ def test_fast_and_dense_are_measured(tmp_path):
         (("--config-file", "no_such.yaml"), "no_such.yaml"),
     ],
 )
-def test_wrong_arguments_end_with_one_sentence(arguments, said):
-    done = benchmark(*arguments)
-    assert done.returncode != 0
-    assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+def test_wrong_arguments_end_with_one_sentence(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    last = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert stop.value.code and said in last.strip().splitlines()[-1]
 
 
 CASE = Case("aggregation", "gaussian", (8, 5, 7), "training", "float32", "cpu", 2, 1)
@@ -113,10 +107,9 @@ def test_a_training_step_changes_no_weight():
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_whole_detector_is_measured():
-    done = benchmark("--config-file", CONFIG, "--size", 64, 96, "--repeats", 1)
-    assert done.returncode == 0, done.stderr
+    done = run_tool("benchmark", "--config-file", CONFIG, "--size", 64, 96, "--repeats", 1)
     lines = [line.split() for line in done.stdout.splitlines() if " ratio " in line]
     assert [line[0] for line in lines] == ["inference", "training"]
     assert all(float(line[line.index("ratio") + 1]) > 0 for line in lines)

@@ -17,6 +17,13 @@ import nonlocal_det
 from nonlocal_det import cli
 
 ROOT = Path(__file__).resolve().parents[1]
+# Without former names, and train_net.py, which test_launch.py starts.
+TOOLS = [
+    script
+    for script in sorted((ROOT / "tools").glob("*.py"))
+    if "nonlocal_det.cli" in script.read_text()
+    and script.stem not in ("train_net", "analyze_model", "compare")
+]
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
@@ -69,6 +76,16 @@ def test_a_command_gets_the_rest_and_gives_its_exit_code(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
     monkeypatch.setitem(cli.COMMANDS, "made-up", "count its arguments")
     assert cli.main(["made-up", "--config-file", "x", "KEY", "VALUE"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", TOOLS, ids=lambda script: script.stem)
+def test_every_tool_starts(script, tmp_path):
+    """By Python itself, from any folder; other tests fork processes that have imported torch."""
+    command = [sys.executable, "-W", "ignore", str(script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {script.name}")
 
 
 def test_the_process_ends_with_the_exit_code():

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from tool_process import run_tool
 
 from nonlocal_det.checkpoint.detection_checkpoint import NonLocalCheckpointer
 from nonlocal_det.config import load_config
@@ -80,16 +79,15 @@ def test_a_dataset_is_accepted_and_left_as_it_is(folder: Path) -> None:
         ensure_dataset("lamps", {"train": 4, "val": 2}, seed=1, params=LampsParams(**PARAMS))
 
 
+@pytest.mark.slow
 def test_a_run_resumes(folder: Path) -> None:
     """With its seed, its optimizer and its records, from iteration 4 to 6."""
-    command = [sys.executable, "-m", "nonlocal_det", "train", "--resume"]
-    command += ["--config-file", "run/config.yaml"]
+    arguments = ["--resume", "--config-file", "run/config.yaml"]
     for split in ("train", "val"):
-        command += [f"--{split}-json", f"lamps/annotations/instances_{split}.json"]
-        command += [f"--{split}-images", f"lamps/{split}"]
-    command += ["SOLVER.MAX_ITER", "6", "OUTPUT_DIR", "run"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+        arguments += [f"--{split}-json", f"lamps/annotations/instances_{split}.json"]
+        arguments += [f"--{split}-images", f"lamps/{split}"]
+    arguments += ["SOLVER.MAX_ITER", "6", "OUTPUT_DIR", "run"]
+    done = run_tool("train_net", *arguments)
     assert "Starting training from iteration 4" in done.stdout + done.stderr
 
     before = torch.load(STORED / "run" / "model_final.pth", weights_only=True)

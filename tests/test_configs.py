@@ -74,7 +74,7 @@ def tiny_config(name):
     return cfg
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configuration(name, tmp_path):
     cfg = tiny_config(name)

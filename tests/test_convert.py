@@ -18,6 +18,8 @@ from torch.testing import assert_close
 from nonlocal_det import NonLocalBlock
 from nonlocal_det.checkpoint.convert import convert_alexhex7, convert_caffe2, convert_mmcv
 
+pytestmark = pytest.mark.numeric
+
 C, D = 6, 4
 X = torch.randn(2, C, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from tool_process import run_tool
 
 from nonlocal_det.data.coco_validation import image_size, validate_coco
 from nonlocal_det.data.dataset_report import compare_splits
@@ -32,10 +32,7 @@ NAMES = {3: "lemon", 17: "sea", 40: "plum"}
 
 
 def train_net(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / "train_net.py")]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+    return run_tool("train_net", *arguments)
 
 
 def edit(path: Path, change) -> None:
@@ -92,6 +89,7 @@ def issues_of(report) -> dict[str, int]:
     return {issue.type: issue.count for issue in report.issues}
 
 
+@pytest.mark.slow
 def test_training_and_evaluating_on_custom_datasets(custom: Path) -> None:
     def damage(content: dict) -> None:
         content["annotations"][0]["bbox"][2] = 0
@@ -121,6 +119,7 @@ def test_training_and_evaluating_on_custom_datasets(custom: Path) -> None:
     assert json.loads((custom / "again" / name).read_text()) == results
 
 
+@pytest.mark.slow
 def test_keypoints_come_from_the_file(custom: Path) -> None:
     for split in ("train", "val"):
         edit(custom / f"{split}.json", five_keypoints)
@@ -134,6 +133,7 @@ def test_keypoints_come_from_the_file(custom: Path) -> None:
     assert "keypoints/AP" in row
 
 
+@pytest.mark.slow
 def test_without_masks_boxes_are_learned(custom: Path) -> None:
     for split in ("train", "val"):
         edit(custom / f"{split}.json", lambda c: [a.pop("segmentation") for a in c["annotations"]])

@@ -36,6 +36,8 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 from PIL import Image
+from tiny_training import write_short_lamps
+from tool_process import run_script
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from nonlocal_det import add_nonlocal_config
@@ -129,6 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "a" / "val.json", coco / "instances_val2017.json")
     with Image.open(folder / "a" / "val" / "000001.png") as image:
         image.convert("RGB").save(folder / "image.jpg")
+    write_short_lamps(folder / "datasets")
     cfg = load_config(str(ROOT / "configs" / DEMO))
     (folder / "output" / "demo").mkdir(parents=True)
     weights = {"model": build_model(cfg).state_dict()}
@@ -141,19 +144,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *command: str) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
-        "DETECTRON2_DATASETS": str(folder / "datasets"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    script, *arguments = command
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    env = {"DETECTRON2_DATASETS": str(folder / "datasets"), "PYTHONPATH": path}
+    run_script(folder / script, *arguments, cwd=folder, env=env)
 
 
 @pytest.mark.slow

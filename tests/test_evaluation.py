@@ -254,7 +254,7 @@ def test_trainer_evaluates_by_it(lamps, tmp_path):
     assert isinstance(Trainer.build_evaluator(cfg, "evaluated_lamps"), ReportingCOCOEvaluator)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_augmentation_evaluates_boxes_and_masks(tmp_path):
     augmented = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(40,56)", "TEST.AUG.FLIP", True)
     workspace = Workspace(tmp_path)

@@ -18,6 +18,8 @@ import pytest
 import torch
 from ddp_gradients import assert_gradients_agree, distance, one_step
 from test_train import LAMPS, PROJECT, SMALL, train_net
+from tiny_training import write_short_lamps
+from tool_process import run_tool
 
 from nonlocal_det.cli.train import main
 from nonlocal_det.data import register_lamps
@@ -57,6 +59,7 @@ def halves(tmp_path_factory):
     return torch.load(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "norm"),
     [(":1:", ""), ("GN:1:", "GN"), ("SyncBN:1:", "BN"), (":2:", "")],
@@ -70,6 +73,7 @@ def test_two_processes_give_the_gradients_of_one(halves, case, norm):
         torch.testing.assert_close(halves[case]["statistics"][name], mean, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_in_bfloat16_are_near_one_in_float32(halves):
     whole = one_step("BN")
     assert distance(halves["SyncBN:1:bfloat16"]["gradients"], whole["gradients"]) < 0.02
@@ -77,7 +81,7 @@ def test_two_processes_in_bfloat16_are_near_one_in_float32(halves):
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    return tmp_path_factory.mktemp("datasets")
+    return write_short_lamps(tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,7 @@ def results(folder):
     return (folder / "inference" / "coco_instances_results.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_writes_one_model_and_a_log_of_each_rank(trained):
     names = {path.name for path in trained.iterdir()}
     assert {"model_final.pth", "metrics.json", "log.txt", "log.txt.rank1"} <= names
@@ -103,6 +108,7 @@ def test_a_run_writes_one_model_and_a_log_of_each_rank(trained):
     assert {"bbox/AP50", "segm/AP50"} <= rows[-1].keys()
 
 
+@pytest.mark.slow
 def test_two_machines_evaluate_as_one_process(trained, datasets, tmp_path):
     """Machines whose first is this one, over the network's own interface."""
     weights = (*RUN, "MODEL.WEIGHTS", trained / "model_final.pth", "OUTPUT_DIR")
@@ -121,6 +127,7 @@ def test_two_machines_evaluate_as_one_process(trained, datasets, tmp_path):
     assert results(tmp_path / "two") == results(tmp_path / "one") == results(trained)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others(trained, datasets):
     """By detectron2's flags, resuming what torchrun began."""
     options = (*RUN, "SOLVER.MAX_ITER", 100000, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", trained)
@@ -187,7 +194,7 @@ def test_what_cannot_run_exits_with_a_one_line_error(flags, options, said, datas
 
 def test_a_bad_key_is_reported_once_for_all_processes(datasets):
     flags = ("--num-gpus", 2, "--dist-url", "auto", "MODEL.DEVICE", "cpu", "SOLVER.AMP.DTIPE", "x")
-    run = start("tools/train_net.py", *CONFIG, *flags, datasets=datasets)
-    printed, _ = run.communicate(timeout=600)
-    assert run.returncode == 1 and "Traceback" not in printed
-    assert printed.count("There is no configuration key SOLVER.AMP.DTIPE") == 1
+    env = {"DETECTRON2_DATASETS": str(datasets)}
+    run = run_tool("train_net", *CONFIG, *flags, env=env, fails=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.count("There is no configuration key SOLVER.AMP.DTIPE") == 1

@@ -32,6 +32,8 @@ from torch.testing import assert_close
 
 from nonlocal_det.layers import MECHANISMS, PAIRWISE, NonLocalBlock
 
+pytestmark = pytest.mark.numeric
+
 some_examples = settings(derandomize=True, deadline=None, max_examples=40)
 many_examples = settings(some_examples, max_examples=80)
 

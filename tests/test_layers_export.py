@@ -17,6 +17,8 @@ from torch.testing import assert_close
 
 from nonlocal_det.layers import MECHANISMS, PAIRWISE
 
+pytestmark = pytest.mark.numeric
+
 CHANNELS = 8
 
 # name: (mechanism, options)
@@ -105,7 +107,7 @@ def kinds() -> Side:
 
 
 each_masking = pytest.mark.parametrize("masked", (False, True))
-long = pytest.mark.long
+slow = pytest.mark.slow
 quietly = pytest.mark.filterwarnings("ignore")  # of torch, on what it would rather see used
 
 
@@ -140,7 +142,7 @@ def test_script_of_other_dimensions(dims):
         assert_close(torch.jit.script(block)(x, mask), block(x, mask))
 
 
-@long
+@slow
 @quietly
 @each_masking
 @torch.no_grad()
@@ -152,7 +154,7 @@ def test_export(kinds, masked):
     assert_same_elsewhere(lambda inputs: program.module()(*inputs), kinds, masked)
 
 
-@long
+@slow
 @quietly
 @pytest.mark.parametrize(
     ("names", "masked"),
@@ -187,7 +189,7 @@ def test_legacy_onnx(side, masked, opset):
     assert_same_elsewhere(in_onnxruntime(buffer.getvalue()), side, masked, 1e-3)
 
 
-@long
+@slow
 @quietly
 @torch.no_grad()
 def test_compile():
@@ -201,7 +203,7 @@ def test_compile():
     assert_same_elsewhere(lambda inputs: compiled(*inputs), side, masked=True)
 
 
-@long
+@slow
 @quietly
 def test_compiled_gradients(kinds):
     """Captured whole with its backward, without the compiler."""

@@ -8,10 +8,7 @@ blocks itself; a lazy layout other than its YAML's.
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,10 +28,11 @@ from tiny_models import (
     wake,
     zoo_config,
 )
+from tiny_training import write_short_lamps
+from tool_process import run_tool
 
 from nonlocal_det import PositionError
 from nonlocal_det.config import load_config
-from nonlocal_det.data import ensure_dataset
 from nonlocal_det.modeling import insert_after_outputs, nonlocal_block_factory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +81,7 @@ def yaml_positions(path):
     return [position.split()[0] for position in cfg.MODEL.NONLOCAL.POSITIONS]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("path", LAZY, ids=lambda path: path.stem)
 def test_lazy_configuration(path):
     config = tiny_lazy(path)
@@ -120,16 +118,9 @@ def test_lazy_configuration_is_its_yaml(path):
     assert head or given == {key: common.NONLOCAL[key.upper()] for key in given}
 
 
-def run_tool(datasets, *arguments, fails=False):
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "lazyconfig_train_net.py")]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        env={**os.environ, "DETECTRON2_DATASETS": str(datasets)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+def lazy_train(datasets, *arguments, fails=False):
+    env = {"DETECTRON2_DATASETS": str(datasets)}
+    return run_tool("lazyconfig_train_net", *arguments, env=env, fails=fails)
 
 
 CONFIG = ("--config-file", ROOT / "configs" / "lazy" / "mask_rcnn_R50_NL.py")
@@ -147,26 +138,28 @@ SHORT = (
 )
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_training_resuming_and_evaluation(tmp_path):
+    write_short_lamps(tmp_path)
     output = f"train.output_dir={tmp_path / 'output'}"
-    done = run_tool(tmp_path, *CONFIG, *SHORT, output)
+    done = lazy_train(tmp_path, *CONFIG, *SHORT, output)
     assert "No GPU was found: this runs on the CPU." in done.stdout or torch.cuda.is_available()
     assert {"config.yaml", "model_final.pth"} <= {p.name for p in (tmp_path / "output").iterdir()}
-    done = run_tool(tmp_path, "--resume", *CONFIG, *SHORT, "train.max_iter=3", output)
+    done = lazy_train(tmp_path, "--resume", *CONFIG, *SHORT, "train.max_iter=3", output)
     assert "Starting training from iteration 2" in done.stdout
     weights = f"train.init_checkpoint={tmp_path / 'output' / 'model_final.pth'}"
-    done = run_tool(tmp_path, "--eval-only", *CONFIG, *SHORT, output, weights)
+    done = lazy_train(tmp_path, "--eval-only", *CONFIG, *SHORT, output, weights)
     assert "; no new block." in done.stdout and "copypaste: Task: bbox" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "flags"), [("train", ()), ("val", ("--eval-only",))])
 def test_an_image_that_cannot_be_loaded_is_named(split, flags, tmp_path):
-    ensure_dataset(str(tmp_path / "lamps"))
+    write_short_lamps(tmp_path)
     for path in (tmp_path / "lamps" / split).iterdir():
         path.write_bytes(path.read_bytes()[:200])
     output = f"train.output_dir={tmp_path / 'output'}"
-    done = run_tool(tmp_path, *flags, *CONFIG, *SHORT, output, fails=True)
+    done = lazy_train(tmp_path, *flags, *CONFIG, *SHORT, output, fails=True)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("lazyconfig_train_net.py: error: ") and "truncated" in last
     assert f"/lamps/{split}/0" in last and ("stopped at iteration 0" in last) == (not flags)
@@ -185,7 +178,7 @@ def test_an_image_that_cannot_be_loaded_is_named(split, flags, tmp_path):
     ],
 )
 def test_bad_input_exits_with_a_one_line_error(arguments, said, tmp_path):
-    done = run_tool(tmp_path, *arguments, f"train.output_dir={tmp_path / 'output'}", fails=True)
+    done = lazy_train(tmp_path, *arguments, f"train.output_dir={tmp_path / 'output'}", fails=True)
     assert "Traceback" not in done.stderr
     assert all(part in done.stderr.strip().splitlines()[-1] for part in said)
     assert not (tmp_path / "output").exists()
@@ -194,7 +187,7 @@ def test_bad_input_exits_with_a_one_line_error(arguments, said, tmp_path):
 def test_a_bad_position_exits_with_a_one_line_error(tmp_path):
     output = f"train.output_dir={tmp_path / 'output'}"
     wrong = "model.backbone.bottom_up.positions=['res4[9]']"
-    done = run_tool(tmp_path, *CONFIG, *SHORT, output, wrong, fails=True)
+    done = lazy_train(tmp_path, *CONFIG, *SHORT, output, wrong, fails=True)
     assert "Traceback" not in done.stderr and "'res4[9]'" in done.stderr.strip().splitlines()[-1]
 
 

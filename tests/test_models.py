@@ -41,6 +41,8 @@ from nonlocal_det import PositionError
 from nonlocal_det.checkpoint.detection_checkpoint import NonLocalCheckpointer
 from nonlocal_det.modeling.supported_positions import check_positions
 
+pytestmark = pytest.mark.numeric
+
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 RESNET = ("res2[0]", "res3[-1]", "res4[-2]", "res5[::2]")
 PYRAMID = ("p2", "p3", "p4", "p5", "p6")

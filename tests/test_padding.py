@@ -35,6 +35,8 @@ from tiny_models import (
 from nonlocal_det.attention import AttentionRecorder
 from nonlocal_det.modeling.padding_mask import valid_pixel_mask
 
+pytestmark = pytest.mark.numeric
+
 SIZES = (70, 90), (128, 160)  # the first one alone is padded to 96 x 96
 RESNET = ("res3[0]", "res4[-2]", "res5[-1]")
 LEVELS = ("p2", "p3", "p6")

@@ -29,6 +29,8 @@ from tolerances import assert_near, blocked
 
 from nonlocal_det.layers import hinge_sums, pairwise, tiled_softmax
 
+pytestmark = pytest.mark.numeric
+
 KINDS = ("softmax", "dot_product", "concatenation")
 SCALE = 0.7
 MANY = 2**18  # positions

@@ -7,13 +7,13 @@ weights; ignoring --resume.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import write_short_lamps
+from tool_process import run_tool
 
 from nonlocal_det.cli.demo import print_table
 
@@ -29,19 +29,11 @@ SMALL = [
 
 def train_net(config: str, *arguments: object, datasets: Path) -> subprocess.CompletedProcess[str]:
     config_file = ("--config-file", PROJECT / "configs" / config)
-    return run_tool("train_net.py", *config_file, *arguments, datasets=datasets)
+    return run_tool("train_net", *config_file, *arguments, env=environment(datasets))
 
 
-def run_tool(name: str, *arguments: object, datasets: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / name)]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        env={**os.environ, "DETECTRON2_DATASETS": str(datasets)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+def environment(datasets: Path) -> dict[str, str]:
+    return {"DETECTRON2_DATASETS": str(datasets)}
 
 
 def last_results(output: Path) -> dict[str, float]:
@@ -51,7 +43,7 @@ def last_results(output: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("datasets")
+    return write_short_lamps(tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, datasets: Path) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_training_writes_the_files_of_detectron2(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "last_checkpoint"} <= names
@@ -69,6 +62,7 @@ def test_training_writes_the_files_of_detectron2(trained: Path) -> None:
     assert {"bbox/AP50", "segm/AP50", "bbox/AP-amber"} <= last_results(trained).keys()
 
 
+@pytest.mark.slow
 def test_evaluation_alone_gives_the_same_numbers(
     trained: Path, datasets: Path, tmp_path: Path
 ) -> None:
@@ -80,6 +74,7 @@ def test_evaluation_alone_gives_the_same_numbers(
     assert first and second == first
 
 
+@pytest.mark.slow
 def test_training_resumes(trained: Path, datasets: Path) -> None:
     options = ("--resume", *SMALL, "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", trained)
     done = train_net(LAMPS, *options, datasets=datasets)
@@ -87,8 +82,9 @@ def test_training_resumes(trained: Path, datasets: Path) -> None:
     assert torch.load(trained / "model_final.pth", weights_only=True)["iteration"] == 3
 
 
+@pytest.mark.slow
 def test_the_demo_shows_its_results_and_the_attention(datasets: Path, tmp_path: Path) -> None:
-    done = run_tool("demo.py", *SMALL, "OUTPUT_DIR", tmp_path, datasets=datasets)
+    done = run_tool("demo", *SMALL, "OUTPUT_DIR", tmp_path, env=environment(datasets))
     results, lines = last_results(tmp_path), done.stdout.splitlines()
     (titles,) = (line.split() for line in lines if line.split()[:1] == ["AP"])
     for task, name in (("bbox", "box"), ("segm", "mask")):
@@ -111,15 +107,29 @@ def test_the_demo_prints_each_number_in_its_place(capsys: pytest.CaptureFixture[
     ]
 
 
-@pytest.mark.long
+def few_coco_images(root: Path) -> Path:
+    """Eight images of each split, with the names of all; return ``root``."""
+    (root / "coco" / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (root / "coco" / split).symlink_to(COCO / split)
+        name = Path("annotations") / f"instances_{split}.json"
+        content = json.loads((COCO / name).read_text())
+        content["images"] = content["images"][:8]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        (root / "coco" / name).write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not COCO.exists(), reason="needs some COCO 2017 in ../shared/data/coco")
 def test_real_coco(tmp_path: Path) -> None:
-    config = "mask_rcnn_R50_NL.yaml"
+    config, datasets = "mask_rcnn_R50_NL.yaml", few_coco_images(tmp_path / "datasets")
     options = (*SMALL, "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path)
-    done = train_net(config, *options, datasets=COCO.parent)
+    done = train_net(config, *options, datasets=datasets)
     assert "No GPU was found" in done.stdout or "cuda" in done.stdout
     assert "Starting training from iteration 0" in done.stdout
     weights = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", tmp_path / "again")
-    train_net(config, "--eval-only", *SMALL, *weights, datasets=COCO.parent)
+    train_net(config, "--eval-only", *SMALL, *weights, datasets=datasets)
     name = Path("inference") / "coco_instances_results.json"
     assert (tmp_path / "again" / name).read_text() == (tmp_path / name).read_text()

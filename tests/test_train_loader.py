@@ -16,7 +16,7 @@ import torch.distributed as dist
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from PIL import Image
-from tiny_training import servers
+from tool_process import servers
 
 from nonlocal_det.data.train_loader import (
     ResumableTrainLoader,

@@ -16,6 +16,8 @@ from tiny_models import images, zoo_config
 from nonlocal_det.engine import GradAccumTrainer
 from nonlocal_det.layers import NonLocalBase
 
+pytestmark = pytest.mark.numeric
+
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 # No proposals: the RoIs are the annotated boxes alone, whatever rounding ranks first.
 SAME_ROIS = ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 0]
@@ -168,6 +170,7 @@ def test_a_run_resumes_in_another_precision(first, second):
     step(second).load_state_dict(step(first).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_a_detector_learns_on_a_cpu(precision):
     cfg = zoo_config(MASK, SAME_ROIS)

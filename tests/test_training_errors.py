@@ -80,6 +80,7 @@ def test_weights_that_are_not_finite_are_not_saved(workspace: Workspace) -> None
     assert_kept(workspace, output, said, "model_0000001.pth")
 
 
+@pytest.mark.slow
 def test_a_file_that_may_grow_no_more(workspace: Workspace, begun: str) -> None:
     before = functools.partial(limit, resource.RLIMIT_FSIZE, 1_000_000)
     said = workspace.train(begun, "--resume", before=before, fails=True)
@@ -106,6 +107,7 @@ def test_disk_full(workspace: Workspace, small_disk: str) -> None:
     assert_kept(workspace, small_disk, said, "model_0000003.pth")
 
 
+@pytest.mark.slow
 def test_out_of_memory(workspace: Workspace, begun: str) -> None:
     """Images of 6000 pixels, in a process that may have 400 MB more than it has."""
     options = ("INPUT.MIN_SIZE_TRAIN", (6000,), "INPUT.MAX_SIZE_TRAIN", 6000)

@@ -28,17 +28,17 @@ PARAMS = LampsParams(side=(48, 80), num_shapes=(1, 2), shape_size=(16, 24), lamp
 CONFIG = "lamps_mask_rcnn_R18_NL"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
-def run(*command: Any, cwd: Path, status: int = 0) -> str:
+def run(*command: Any, cwd: Path) -> str:
     """Run a command outside of the checkout; return its output."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environ["DETECTRON2_DATASETS"] = str(cwd)
     command = [str(part) for part in command]
     done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
     output = done.stdout + done.stderr
-    assert done.returncode == status, f"{' '.join(command)}\n{output[-4000:]}"
+    assert done.returncode == 0, f"{' '.join(command)}\n{output[-4000:]}"
     return output
 
 
@@ -79,8 +79,8 @@ def folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(folder: Path):
     """Run ``nonlocal-det`` of the wheel's environment; return its output."""
 
-    def call(*arguments: Any, status: int = 0) -> str:
-        return run(folder / "venv" / "bin" / "nonlocal-det", *arguments, cwd=folder, status=status)
+    def call(*arguments: Any) -> str:
+        return run(folder / "venv" / "bin" / "nonlocal-det", *arguments, cwd=folder)
 
     return call
 
@@ -114,7 +114,6 @@ def test_the_metadata_name_the_license_and_the_readme(folder: Path) -> None:
 
 def test_the_command_lists_its_commands(command) -> None:
     assert "check-data" in command("--help")
-    assert "did you mean train" in command("trian", status=2)
 
 
 def test_data_training_and_attention(command, folder: Path) -> None:
@@ -131,8 +130,3 @@ def test_data_training_and_attention(command, folder: Path) -> None:
     image = "data/train/000001.png"
     command("visualize", *model, "--point", "20,20", "--output", "figures", image)
     assert list((folder / "figures").glob("000001*"))
-
-
-def test_an_unknown_configuration_is_told_the_nearest(command) -> None:
-    said = command("analyze", "--config-file", "mask_rcnn_R50_NL50", status=1).splitlines()[-1]
-    assert "'mask_rcnn_R50_NL50'" in said and "mask_rcnn_R50_NL5.yaml" in said

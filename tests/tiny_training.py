@@ -1,14 +1,10 @@
-"""Runs of tools/train_net.py on a tiny model, in processes that start fast and may be killed.
-
-A server process imports torch and detectron2 once and forks: a run then starts in a fraction of a
-second. Each is a process of its own, with real files, limits and signals.
-"""
+"""Runs of tools/train_net.py on a tiny model, in processes that start fast and may be killed."""
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
-import os
 import resource
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +13,10 @@ from typing import Any
 import torch
 from detectron2.data.datasets import register_coco_instances
 from tiny_models import zoo_config
+from tool_process import ROOT, start_script, wait
 
-from nonlocal_det.cli.train import main
 from nonlocal_det.data import LampsParams, write_dataset
+from nonlocal_det.data.lamps.writer import SPLITS, annotation_file
 
 DATASET = "tiny_lamps"
 IMAGE_PARAMS = LampsParams(side=(48, 80), num_shapes=(1, 2), shape_size=(16, 24), lamp_size=(8, 10))
@@ -31,11 +28,6 @@ OPTIONS = [
     *("INPUT.MIN_SIZE_TRAIN", [40, 48, 56], "SOLVER.MAX_ITER", 6, "SEED", 1),
     *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 32, "SOLVER.CHECKPOINT_PERIOD", 2),
 ]
-
-servers = multiprocessing.get_context("forkserver")
-servers.set_forkserver_preload(
-    ["nonlocal_det.cli.train", "detectron2.model_zoo", "pycocotools.mask"]
-)
 
 
 @dataclass
@@ -51,18 +43,19 @@ class Workspace:
         cfg = zoo_config(self.model, [*OPTIONS, *self.options])
         (self.folder / "tiny.yaml").write_text(cfg.dump())
 
-    def start(self, output: str, *arguments: Any, before: Any = None) -> Any:
+    def start(self, output: str, *arguments: Any, before: Any = None) -> multiprocessing.Process:
         """Start a run in a process of its own; ``before`` is called in it first."""
         given = ["--config-file", self.folder / "tiny.yaml", *arguments]
         run = [*given, "OUTPUT_DIR", self.folder / output]
-        process = servers.Process(target=_train, args=(self.folder, output, run, before))
-        process.start()
-        return process
+        said = self.folder / f"{output}.said"
+        said.write_text("")
+        prepare = functools.partial(_prepare, self.folder / "data", before)
+        return start_script(ROOT / "tools" / "train_net.py", run, said, said, before=prepare)
 
     def train(self, output: str, *arguments: Any, before: Any = None, fails: bool = False) -> str:
         """Wait for a run to end; return its output."""
         process = self.start(output, *arguments, before=before)
-        process.join(300)
+        wait(process)
         said = (self.folder / f"{output}.said").read_text()
         assert process.exitcode == (1 if fails else 0), said[-5000:]
         return said
@@ -81,14 +74,8 @@ class Workspace:
         return [{key: row[key] for key in row if key not in clock} for row in rows]
 
 
-def _train(folder: Path, output: str, arguments: list[Any], before: Any) -> None:
-    said = os.open(folder / f"{output}.said", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    # As in a run of its own. DataLoader workers that the server forked would outlive a killed run.
-    multiprocessing.set_start_method("fork", force=True)
-    torch.set_num_threads(1)
-    data = folder / "data"
+def _prepare(data: Path, before: Any) -> None:
+    """Register the dataset, and call ``before``, in the run's process."""
     annotations = data / "annotations" / "instances_train.json"
     register_coco_instances(
         DATASET,
@@ -98,7 +85,18 @@ def _train(folder: Path, output: str, arguments: list[Any], before: Any) -> None
     )
     if before is not None:
         before()
-    main([*map(str, arguments)])
+
+
+def write_short_lamps(root: Path) -> Path:
+    """Write a lamps dataset of 20 images that the tools take for the whole one; return ``root``."""
+    folder = str(root / "lamps")
+    for split, count in (("train", 12), ("val", 8)):
+        write_dataset(folder, split, count)
+        file = Path(annotation_file(folder, split))
+        content = json.loads(file.read_text())
+        content["info"]["count"] = SPLITS[split]
+        file.write_text(json.dumps(content))
+    return root
 
 
 def limit(kind: int, amount: int) -> None:

@@ -10,8 +10,8 @@ and tools, an image, a dataset in COCO format in ``a``, and a model of random we
   names is read with its overrides. In addition, commands that are cheap run (``CHEAP``), and so do
   scripts that the page wrote, for one iteration. A command of an unknown kind is an error.
 
-Mutations tried by hand; each makes at least one test here fail: an option, a config key, an
-import, a link, an anchor, a config's name and a make target misspelled.
+Mutations tried by hand; each makes at least one test here fail: an option, a key of a YAML block, a
+key of a command, an anchor, a suite's file and a make target misspelled.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -106,7 +105,6 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    warnings.simplefilter("ignore")
     # As in a run of its own. DataLoader workers that the server forked would outlive a killed run.
     multiprocessing.set_start_method("fork", force=True)
     sys.argv = [script, *arguments]

@@ -108,7 +108,9 @@ def _run(
     # As in a run of its own. DataLoader workers that the server forked would outlive a killed run.
     multiprocessing.set_start_method("fork", force=True)
     sys.argv = [script, *arguments]
-    sys.path.insert(0, os.path.dirname(script))
+    # As Python does at its start.
+    added = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:0] = [os.path.dirname(script), *added]
     if before is not None:
         before()
     runpy.run_path(script, run_name="__main__")

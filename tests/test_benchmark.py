@@ -1,8 +1,7 @@
 """``nonlocal-det benchmark`` runs and reports what it measured; no time is asserted.
 
 Mutations tried by hand; each makes at least one test here fail: baseline and blocks with different
-weights; a step that changes weights; a dense form without its scale; a former option that stores
-its value elsewhere.
+weights; a step that changes weights; a dense form of other logits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The dispatcher of ``nonlocal-det``: what it lists, what it starts, and what it refuses.
 
 Mutations tried by hand; each makes at least one test here fail: an exit code that is lost; the
-command's own name among its arguments; a purpose without a module.
+command's own name among its arguments.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Files of version 0.1.0 are still read: a run's checkpoint, records and config, and a dataset.
 
 Mutations tried by hand; each makes at least one test here fail: a parameter of a block under
-another name; a former config key that is refused; a renamed field in the dataset's stored
-parameters.
+another name; a former mechanism that is refused; the dataset's stored parameters under another key.
 """
 
 from __future__ import annotations

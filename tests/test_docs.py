@@ -10,13 +10,14 @@ and tools, an image, a dataset in COCO format in ``a``, and a model of random we
   names is read with its overrides. In addition, commands that are cheap run (``CHEAP``), and so do
   scripts that the page wrote, for one iteration. A command of an unknown kind is an error.
 
-Mutations tried by hand; each makes at least one test here fail: an option, a config key, an
-import, a link, an anchor, a config's name and a make target misspelled.
+Mutations tried by hand; each makes at least one test here fail: an option, a key of a YAML block, a
+key of a command, an anchor, a suite's file and a make target misspelled.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
 import shutil
@@ -117,7 +118,7 @@ def name(page: Any) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reader's folder."""
     folder = tmp_path_factory.mktemp("reader")
-    for shared in ("configs", "tools"):
+    for shared in ("configs", "nonlocal_det", "tools"):  # a checkout, with outputs of its own
         (folder / shared).symlink_to(ROOT / shared)
     for split in ("train", "val"):
         write_dataset(str(folder / "lamps"), split, 4, params=LampsParams(side=(96, 128)))
@@ -144,7 +145,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *command: str) -> None:
     script, *arguments = command
-    env = {"DETECTRON2_DATASETS": str(folder / "datasets")}
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    env = {"DETECTRON2_DATASETS": str(folder / "datasets"), "PYTHONPATH": path}
     run_script(folder / script, *arguments, cwd=folder, env=env)
 
 

@@ -1,8 +1,8 @@
 """The model zoo: every configuration by its name, and what a wrong name or wish is told.
 
 Mutations tried by hand; each makes at least one test here fail: names that may climb out of the
-zoo; a file in the working directory that the zoo's hides; nearest names by whole paths; a zoo
-that leaves LazyConfigs out; `get` without loading weights.
+zoo; names before files of the working directory; the farthest names for the nearest; a zoo without
+LazyConfigs; `get` without loading weights.
 """
 
 from __future__ import annotations

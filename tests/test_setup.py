@@ -1,4 +1,4 @@
-"""The set-up: what it refuses, what it keeps, and what a missing part says."""
+"""The setup: what it refuses, what it keeps, and the messages about missing parts."""
 
 import ast
 import hashlib
@@ -119,7 +119,7 @@ def test_installer_keeps_the_detectron2_that_is_there():
         [sys.executable, str(TOOLS / "install_detectron2.py")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "kept what is here" in done.stdout
+    assert "kept the installed one" in done.stdout
     assert f"detectron2 {detectron2.__version__}" in done.stdout
 
 
@@ -130,7 +130,7 @@ def test_installer_names_what_stands_in_the_way(installer, monkeypatch, tmp_path
     assert "no-such-compiler" in installer.obstacle("file:///nowhere")
 
 
-def test_installer_goes_on_to_the_sources_when_compiling_fails(installer, monkeypatch, capsys):
+def test_installer_takes_the_sources_when_compiling_fails(installer, monkeypatch, capsys):
     def pip(*arguments):
         if "--no-build-isolation" in arguments:
             raise installer.InstallError(f"pip {arguments[0]} failed; its log is {installer.LOG}")
@@ -145,7 +145,7 @@ def test_installer_goes_on_to_the_sources_when_compiling_fails(installer, monkey
     assert "took the Python sources" in printed and "deformable convolution" in printed
 
 
-# The placeholder for what is compiled.
+# The placeholder for the compiled operators.
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_environment_is_finished_only_with_its_own_inputs_and_parts(
     assert not bootstrap.is_finished(tmp_path)
 
 
-def test_two_set_ups_at_once_take_turns(bootstrap, monkeypatch, tmp_path):
+def test_of_two_setups_at_once_one_waits(bootstrap, monkeypatch, tmp_path):
     finished, made = [], []
     monkeypatch.setattr(bootstrap, "is_finished", lambda venv: bool(finished))
 

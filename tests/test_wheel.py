@@ -128,5 +128,5 @@ def test_data_training_and_attention(command, folder: Path) -> None:
 
     model = ("--config-file", CONFIG, "--weights", "run/model_final.pth")
     image = "data/train/000001.png"
-    command("visualize", *model, "--point", "20,20", "--output", "figures", image)
+    command("visualize", *model, "--point", "20,20", "--output", "figures", "--input", image)
     assert list((folder / "figures").glob("000001*"))

@@ -4,8 +4,8 @@
     python3 tools/bootstrap.py [--venv .venv]
 
 Needs a bare Python 3.9 with its standard library, no more. A finished environment is left alone;
-one whose making was interrupted, or whose inputs have changed, is made anew. Everything is kept in
-the project folder, but for pip's own cache.
+one whose making was interrupted, or whose inputs have changed, is made again. Everything is kept in
+the project folder, except pip's own cache.
 
 This file keeps to the syntax of Python 3.6, so that an older Python can still say that it is one.
 """
@@ -48,7 +48,7 @@ IMPORT = "import cv2, torchvision.ops, pycocotools.mask, detectron2.layers, dete
 
 
 class SetupError(Exception):
-    """The set-up cannot go on; the message says why and what to do."""
+    """The setup failed; the message says why and what to do."""
 
 
 def main(argv: Optional[list] = None) -> int:
@@ -85,7 +85,7 @@ def require_python(version: tuple) -> None:
 
 
 def set_up(venv: Path) -> None:
-    """Make the environment unless it is there; two at once take turns."""
+    """Make the environment unless it is finished; a second setup waits for the first."""
     if is_finished(venv):
         return
     venv.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def set_up(venv: Path) -> None:
 
 
 def is_finished(venv: Path) -> bool:
-    """Whether the environment was finished, from today's inputs, and still seems whole."""
+    """Whether the environment was finished, from today's inputs, and still seems complete."""
     stamp = venv / STAMP
     if not stamp.is_file() or stamp.read_text() != digest(venv):
         return False
@@ -119,12 +119,12 @@ def locked(path: Path) -> Iterator[int]:
     try:
         import fcntl
     except ImportError:
-        raise SetupError("this set-up needs Linux or macOS") from None
+        raise SetupError("this setup needs Linux or macOS") from None
     with path.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            say("another set-up is at work here; waiting for it")
+            say("another setup is running here; waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle.fileno()
 
@@ -152,7 +152,7 @@ def make(venv: Path, lock: int) -> None:
 
 
 def clear(venv: Path) -> None:
-    """An empty folder with our mark, whatever an earlier set-up left there.
+    """Empty the folder and put our mark there, whatever an earlier setup left in it.
 
     A folder without the mark is somebody else's: it is moved aside, not removed.
     """
@@ -160,7 +160,7 @@ def clear(venv: Path) -> None:
         names = (f"{venv.name}.{number}" for number in itertools.count(1))
         aside = next(path for path in map(venv.with_name, names) if not path.exists())
         venv.rename(aside)
-        say(f"{venv.name} was not made by this set-up; it is {aside.name} now")
+        say(f"{venv.name} was not made by this setup; it is {aside.name} now")
     venv.mkdir(exist_ok=True)
     write_stamp(venv, "unfinished")
     for entry in venv.iterdir():
@@ -178,7 +178,7 @@ def write_stamp(venv: Path, text: str) -> None:
 
 
 class Runner:
-    """Runs the commands of a set-up: output to a log, a line a step, an error with its end."""
+    """Runs the commands of a setup: output to a log, one line per step, errors with its end."""
 
     def __init__(self, venv: Path, lock: int) -> None:
         self.log = venv / "setup.log"
@@ -190,7 +190,7 @@ class Runner:
         self.environ["TMPDIR"] = str(self.temporary)
         self.environ["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
         self.environ["PIP_PROGRESS_BAR"] = "off"  # in a log it is one endless line
-        # Children hold the lock too: one that outlives us must end before another set-up starts.
+        # Children hold the lock too: one that outlives us must end before another setup starts.
         os.set_inheritable(lock, True)
 
     def step(self, title: str) -> None:
@@ -213,7 +213,7 @@ class Runner:
             status = self._wait(child, quiet=show)
         if status != 0:
             raise SetupError(
-                "this failed with status {}: {}\n{}\nThe whole log: {}".format(
+                "this failed with status {}: {}\n{}\nThe full log: {}".format(
                     status, " ".join(command), "" if show else tail(self.log), self.log
                 )
             )

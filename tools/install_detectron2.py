@@ -6,7 +6,7 @@
 One that is already there is kept. Otherwise the official repository is compiled against the
 installed torch. Where that cannot be done, because GitHub cannot be reached or nothing can be
 compiled, the Python sources of detectron2 0.5 that PyPI has are installed instead, with the edits
-of ``detectron2_cdo/edits.py`` and a placeholder for what is compiled.
+of ``detectron2_cdo/edits.py`` and a placeholder for the compiled operators.
 
 ``DETECTRON2_GIT`` names another git URL of the official repository, say a mirror of it.
 """
@@ -37,14 +37,14 @@ ANSWER_S = 10
 LACKS = f"""\
 It is detectron2 0.5 without its compiled operators. What it lacks raises an error that says so:
   - rotated boxes: their IoU and NMS, ROIAlignRotated, RRPN, RROIHeads, RotatedCOCOEvaluator
-  - deformable convolution, but for DeformConv's forward pass on a CPU
+  - deformable convolution, except DeformConv's forward pass on a CPU
   - the compiled COCO evaluation; pycocotools' own takes its place, with the same numbers
   - Caffe2 export, and what came after 0.5: ViT, MViT and Swin backbones, FCOS, trackers, LN
-Axis-aligned box, mask and keypoint detectors have all they need. For the whole of detectron2:
+Axis-aligned box, mask and keypoint detectors have all they need. For all of detectron2:
   python -m pip uninstall detectron2-cdo
   python -m pip install --no-build-isolation git+{OFFICIAL}"""
 
-# Prints what is there; exits with 3 where nothing is. What is compiled fails to load only when
+# Describes the installed detectron2, or exits with 3. Compiled operators fail to load only when
 # detectron2.layers is imported, for example after torch was replaced.
 PROBE = """
 import importlib.util, sys
@@ -65,7 +65,7 @@ def main() -> int:
     try:
         found = present()
         if found:
-            say(f"kept what is here: {found}")
+            say(f"kept the installed one: {found}")
             return 0
         require_torch()
         install()
@@ -89,7 +89,7 @@ def present() -> str:
 
 
 def require_torch() -> None:
-    """Refuse to go on without what detectron2 is built against."""
+    """Require torch and torchvision, which detectron2 is built against."""
     probe = run_python("-c", "import torch, torchvision.ops")
     if probe.returncode != 0:
         raise InstallError(f"install torch and torchvision first: {last_line(probe.stderr)}")
@@ -156,7 +156,7 @@ def install_official(url: str) -> str:
         present()
     except InstallError as error:
         pip("uninstall", "--yes", "detectron2")
-        return f"what was compiled does not import: {error}"
+        return f"the compiled package does not import: {error}"
     return ""
 
 

@@ -11,6 +11,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from omegaconf import DictConfig
 
 from ..config import load_config, load_lazy_config
+from ..utils.config_files import find_config_file
 from ..utils.deprecation import RenamedOption
 from .custom_data import CustomDatasets, add_dataset_options, load_custom_datasets
 from .launch import resolve_device, world_size_of
@@ -152,6 +153,8 @@ def start_run(
         seed: Seed of all random numbers.
         fell_back_to_cpu: Whether the run is on the CPU for lack of a GPU.
     """
+    # detectron2 logs the content of the config file, which may be given by its name in the zoo.
+    args.config_file = find_config_file(args.config_file)
     default_setup(cfg, args)
     if not args.eval_only:
         append_run_info(output_dir, seed=seed, resume=args.resume)

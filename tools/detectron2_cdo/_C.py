@@ -66,5 +66,5 @@ def has_cuda() -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    # hasattr() and import machinery rely on AttributeError for what is not an operator.
+    # hasattr() and import machinery rely on AttributeError for anything but an operator.
     raise AttributeError(_sentence(f"detectron2._C.{name}"))

@@ -13,7 +13,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -106,12 +105,12 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    warnings.simplefilter("ignore")
     # As in a run of its own. DataLoader workers that the server forked would outlive a killed run.
     multiprocessing.set_start_method("fork", force=True)
     sys.argv = [script, *arguments]
-    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:0] = [os.path.dirname(script), *filter(None, paths)]
+    # As Python does at its start.
+    added = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:0] = [os.path.dirname(script), *added]
     if before is not None:
         before()
     runpy.run_path(script, run_name="__main__")

@@ -15,6 +15,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as mask_util
+from tool_process import HANG
 
 import nonlocal_det.data
 from nonlocal_det.data import (
@@ -301,7 +302,7 @@ def _fork(function, *args):
 
 def _join(processes, exit_code):
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=HANG)
     assert [process.exitcode for process in processes] == [exit_code] * len(processes)
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from PIL import Image
-from tool_process import servers
+from tool_process import HANG, servers
 
 from nonlocal_det.data.train_loader import (
     ResumableTrainLoader,
@@ -163,7 +163,7 @@ def test_two_ranks_share_the_images_and_augment_differently(tmp_path: Path) -> N
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(HANG)
         assert process.exitcode == 0
     first, second = (torch.load(tmp_path / f"{rank}-0") for rank in (0, 1))
     assert sorted(p[0] for batch in first + second for p in batch) == list(range(20))

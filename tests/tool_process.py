@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+HANG = 600  # seconds without an end
 ROOT = Path(__file__).resolve().parents[1]
 
 servers = multiprocessing.get_context("forkserver")
@@ -83,7 +84,7 @@ def start_script(
     return process
 
 
-def wait(process: multiprocessing.Process, seconds: float = 600) -> None:
+def wait(process: multiprocessing.Process, seconds: float = HANG) -> None:
     """Wait for a run; one that does not end is a hang, and is killed."""
     process.join(seconds)
     if process.exitcode is None:

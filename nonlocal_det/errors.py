@@ -16,6 +16,12 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
+def program() -> str:
+    """Name of the running program, for its messages."""
+    script = os.path.basename(sys.argv[0])
+    return "nonlocal-det" if script == "__main__.py" else script
+
+
 @contextmanager
 def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
     """Exit with a one-line error message and exit code 1 if the body raises an expected error.
@@ -28,7 +34,7 @@ def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {error}")
+        sys.exit(f"{program()}: error: {error}")
 
 
 class TrainingError(RuntimeError):

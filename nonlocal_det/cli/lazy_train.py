@@ -13,11 +13,14 @@ from ..engine.defaults import load_and_check_lazy_cfg, setup_lazy
 from ..engine.launch import launch
 from ..engine.lazy_trainer import LazyTrainer
 from ..errors import TrainingError, exit_on_error
+from . import program_name
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> Namespace:
     """Parse detectron2's flags; overrides are KEY=VALUE."""
-    return default_argument_parser().parse_args(argv)
+    parser = default_argument_parser()
+    parser.prog = program_name("lazy-train")
+    return parser.parse_args(argv)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

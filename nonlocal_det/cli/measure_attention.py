@@ -16,13 +16,16 @@ from ..engine import check_dataset_registered
 from ..errors import exit_on_error
 from ..utils.deprecation import RenamedOption
 from ..utils.file_io import ensure_writable_dir
+from . import program_name
 from .model_args import add_model_arguments, setup_cfg
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("measure-attention"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
     add = parser.add_argument

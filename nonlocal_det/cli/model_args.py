@@ -11,9 +11,8 @@ from detectron2.config import CfgNode
 from ..config import load_config
 from ..engine.preflight import check_inference_cfg
 
-_PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-_DEMO_CONFIG = os.path.join(_PROJECT, "configs", "lamps_mask_rcnn_R18_NL.yaml")
-_DEMO_WEIGHTS = os.path.join(_PROJECT, "output", "demo", "model_final.pth")
+_DEMO_CONFIG = "lamps_mask_rcnn_R18_NL.yaml"  # of the model zoo
+_DEMO_WEIGHTS = os.path.join("output", "demo", "model_final.pth")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +43,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         weights = _DEMO_WEIGHTS
         if not os.path.isfile(weights):
             raise FileNotFoundError(
-                f"There is no {os.path.relpath(weights)}: run tools/demo.py first, or select a "
-                f"model with --config-file and --weights."
+                f"There is no {weights}: run the demo here first, or select a model with "
+                f"--config-file and --weights."
             )
     if not cfg.MODEL.NONLOCAL.POSITIONS:
         raise ValueError("The model has no non-local blocks (MODEL.NONLOCAL.POSITIONS is empty).")

@@ -17,11 +17,14 @@ from ..engine.defaults import load_and_check_cfg, nonlocal_argument_parser, setu
 from ..engine.launch import launch
 from ..engine.trainer import Trainer
 from ..errors import TrainingError, exit_on_error
+from . import program_name
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> Namespace:
     """Parse detectron2's flags, and those for custom datasets."""
-    return nonlocal_argument_parser().parse_args(argv)
+    parser = nonlocal_argument_parser()
+    parser.prog = program_name("train")
+    return parser.parse_args(argv)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -7,23 +7,25 @@ skipped.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Optional
 
 from ..attention.image_io import expand_inputs
 from ..attention.visualizer import AttentionVisualizer, unique_output_stems
-from ..errors import exit_on_error
+from ..errors import exit_on_error, program
 from ..utils.deprecation import RenamedOption
 from ..utils.file_io import ensure_writable_dir
+from . import program_name
 from .model_args import add_model_arguments, setup_cfg
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("visualize"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
     add = parser.add_argument
@@ -104,5 +106,5 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 print(output)
         except (ValueError, OSError) as error:
             exit_code = 1
-            print(f"{os.path.basename(sys.argv[0])}: skipped: {error}", file=sys.stderr)
+            print(f"{program()}: skipped: {error}", file=sys.stderr)
     return exit_code

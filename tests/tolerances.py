@@ -19,6 +19,8 @@ No tolerance is a number that was seen to suffice.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 
@@ -44,3 +46,40 @@ def assert_near(found, expected, *, roundings, size=None, dtype=None, name=""):
         f"{name} {found.flatten()[worst]} is {difference.flatten()[worst]} away from "
         f"{expected.flatten()[worst]}; {allowed.expand_as(difference).flatten()[worst]} is allowed"
     )
+
+
+STEP = 2.0**-20
+
+
+def sensitivity(results_of, block, x):
+    """The ``size`` of results where terms are not counted one by one: how they depend on all.
+
+    It is how far the results move, in proportion, when every parameter and every number of x moves
+    a little, in float64, and the largest result itself. ``results_of`` makes a list of tensors of a
+    copy of ``block`` and of x.
+    """
+    block, x = copy.deepcopy(block).double(), x.detach().double()
+    before = results_of(block, x)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for values in (*block.parameters(), x := x.clone()):
+            up = torch.rand(values.shape, generator=generator) < 0.5
+            values.mul_(torch.where(up, 1 + STEP, 1 - STEP))
+    after = results_of(block, x)
+    size = 0.0
+    for one, other in zip(before, after):
+        if one.numel():
+            size = max(size, float(one.abs().max() + (other - one).abs().max() / STEP))
+    return size
+
+
+def steps_of_block(x, inner):
+    """Roundings on the way through a block and back, for x (B, C, *S) and ``inner`` channels.
+
+    Forward: embeddings, comparison and output are sums over channels; the softmax and the weighted
+    sums, sums over positions, or in the compact block over all channels of all positions; 20 for
+    what is no sum. Backward the same again, and for parameters a sum over the batch.
+    """
+    positions = x[:1, :1].numel()
+    forward = x.shape[1] + 2 * inner + positions * (inner + 1) + 20
+    return 2 * forward + len(x) * positions

@@ -19,5 +19,5 @@ from .config import add_nonlocal_config
 from .layers import NonLocalBlock
 from .modeling import PositionError, insert_non_local
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["NonLocalBlock", "PositionError", "add_nonlocal_config", "insert_non_local"]

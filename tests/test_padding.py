@@ -16,6 +16,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -64,7 +65,10 @@ def configured(positions, options, path=MASK_RCNN, model=()):
 
 
 def pair_of(cfg):
-    """detectron2's model and ours, blocks awake, all kernels outside of RoI heads 1 x 1 in fact."""
+    """detectron2's model and ours, blocks awake, all kernels outside of RoI heads 1 x 1 in fact.
+
+    In float64: where rounding is small, what is seen is the padding.
+    """
     stock, model = build_pair(cfg)
     wake(model)
     for network in (stock, model):
@@ -74,7 +78,7 @@ def pair_of(cfg):
                 y, x = (k // 2 for k in layer.kernel_size)
                 center[:, :, y, x] = layer.weight.detach()[:, :, y, x] * max(layer.kernel_size)
                 layer.weight.data = center
-    return stock, model
+    return stock.double(), model.double()
 
 
 def batch(model, inputs):
@@ -98,20 +102,29 @@ def difference(model, inputs):
     return worst
 
 
+def rounding(model, dtype=torch.float64):
+    """What `difference` may be: convolutions add up their inputs, and blocks positions.
+
+    Features do not grow on the way: normalisation halves what each branch adds.
+    """
+    terms = sum(w[0].numel() for w in model.backbone.parameters() if w.dim() == 4)
+    terms += len(blocks_of(model)) * 32 * 40  # at stride 4, of the largest image
+    return terms * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_features_alone_are_those_in_a_batch(variant):
     cfg = configured(*VARIANTS[variant])
-    stock, model = pair_of(cfg)
-    inputs = images(cfg, *SIZES)
-    assert difference(stock, inputs) < 1e-5
-    assert difference(model, inputs) < 1e-5
+    _, model = pair_of(cfg)
+    assert difference(model, images(cfg, *SIZES)) <= rounding(model)
 
 
 @pytest.mark.parametrize("variant", ("resnet", "levels", "dot_product", "pooled first"))
 def test_without_the_mask_they_are_not(variant):
     positions, options = VARIANTS[variant]
     cfg = configured(positions, {**options, "MASK_PADDING": False})
-    assert difference(pair_of(cfg)[1], images(cfg, *SIZES)) > 1e-4
+    _, model = pair_of(cfg)
+    assert difference(model, images(cfg, *SIZES)) > 1e6 * rounding(model)
 
 
 @pytest.mark.parametrize("name", ("R18", "C4", "DC5", "RetinaNet", "panoptic", "proposals"))
@@ -121,23 +134,27 @@ def test_every_meta_architecture_of_detectron2(name):
     stock, model = pair_of(cfg)
     # C4 and DC5 do not pad an image alone: sizes that no stride divides.
     inputs = images(cfg, (75, 50), (101, 125))
-    assert difference(stock, inputs) < 1e-5
-    assert difference(model, inputs) < 1e-5
+    assert difference(stock, inputs) <= rounding(stock)
+    assert difference(model, inputs) <= rounding(model)
     with torch.no_grad():
-        assert model(inputs)
+        assert model.float()(inputs)
 
 
 def test_detections_alone_are_those_in_a_batch():
     cfg = configured((*RESNET, *LEVELS), {})
-    _, model = pair_of(cfg)
+    model = pair_of(cfg)[1].float()  # detectron2 finds no boxes in float64
     inputs = images(cfg, *SIZES)
     with torch.no_grad():
         alone, batched = model(inputs[:1])[0]["instances"], model(inputs)[0]["instances"]
     assert len(alone) == len(batched) > 0
     assert torch.equal(alone.pred_classes, batched.pred_classes)
-    assert torch.equal(alone.pred_masks, batched.pred_masks)
-    torch.testing.assert_close(alone.pred_boxes.tensor, batched.pred_boxes.tensor)
-    torch.testing.assert_close(alone.scores, batched.scores)
+    for one, other in (
+        (alone.pred_boxes.tensor, batched.pred_boxes.tensor),
+        (alone.scores, batched.scores),
+    ):
+        assert (one - other).abs().max() <= rounding(model, torch.float32) * one.abs().max()
+    # A pixel at the threshold may fall on either side of it.
+    assert (alone.pred_masks != batched.pred_masks).double().mean() < 1e-3
 
 
 def test_a_new_block_is_the_identity_on_padding_too():
@@ -153,7 +170,7 @@ def model():
     cfg = configured(("res4[-2]", "p3"), {"SUBSAMPLE": True})
     _, model = build_pair(cfg)
     wake(model)
-    return model
+    return model.double()
 
 
 def masks_of_a_call(model, size):
@@ -165,7 +182,7 @@ def masks_of_a_call(model, size):
         )
         for name, block in blocks_of(model).items()
     ]
-    image = torch.ones(1, 3, 96, 64)
+    image = torch.ones(1, 3, 96, 64, dtype=torch.float64)
     image[:, :, size[0] :] = 0
     image[:, :, :, size[1] :] = 0
     with torch.no_grad():
@@ -204,7 +221,7 @@ def test_a_bar_of_the_mean_color_gives_the_same_alone_and_batched():
     _, model = pair_of(cfg)
     inputs = images(cfg, *SIZES)
     inputs[0]["image"][:, 50:] = 0
-    assert difference(model, inputs) < 1e-5
+    assert difference(model, inputs) <= rounding(model)
     black = images(cfg, *SIZES)
     black[0]["image"].zero_()
     with torch.no_grad():
@@ -237,12 +254,13 @@ def test_the_mask_leaves_with_the_backbone(way, model):
         for inputs in (padded, whole, padded[:1]):
             given, expected = (b(batch(model, inputs)) for b in (left, model.backbone))
             for name, feature in expected.items():
-                torch.testing.assert_close(given[name], feature, rtol=1e-4, atol=1e-5)
+                error = (given[name] - feature).abs().max()
+                assert error <= rounding(model) * feature.abs().max(), name
 
 
 def test_recorded_weights_are_those_the_model_used(model):
     """Queries of zero attend to all keys alike: to those of their own image only."""
-    uniform = copy.deepcopy(model)
+    uniform = copy.deepcopy(model).float()
     for block in blocks_of(uniform).values():
         nn.init.zeros_(block.theta.weight)
         nn.init.zeros_(block.theta.bias)
@@ -252,4 +270,5 @@ def test_recorded_weights_are_those_the_model_used(model):
     for block in recorder.recorded_blocks:
         for image in (0, 1):
             ((rows, _),) = recorder.attention_rows(block, [(10, 10)], image_index=image)
-            assert rows == pytest.approx(1 / rows.size, rel=1e-5)
+            # In float32, as it is recorded: the sum of ones is exact, and one division remains.
+            assert rows == pytest.approx(1 / rows.size, rel=float(2 * np.finfo(np.float32).eps))

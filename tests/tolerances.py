@@ -66,11 +66,9 @@ def sensitivity(results_of, block, x):
             up = torch.rand(values.shape, generator=generator) < 0.5
             values.mul_(torch.where(up, 1 + STEP, 1 - STEP))
     after = results_of(block, x)
-    size = 0.0
-    for one, other in zip(before, after):
-        if one.numel():
-            size = max(size, float(one.abs().max() + (other - one).abs().max() / STEP))
-    return size
+    with torch.no_grad():
+        sizes = [one.abs() + (other - one).abs() / STEP for one, other in zip(before, after)]
+    return max(size.max().item() if size.numel() else 0.0 for size in sizes)
 
 
 def steps_of_block(x, inner):

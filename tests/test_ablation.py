@@ -169,6 +169,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
 # ---- suites
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", SUITES, ids=lambda file: file.stem)
 def test_every_run_of_a_shipped_suite_can_be_built(file: Path) -> None:
     suite = read_suite(str(file))

@@ -112,6 +112,7 @@ def test_a_size_of_nothing(capsys):
     assert "at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_former_names_work_and_name_the_new_ones():
     with pytest.warns(FutureWarning, match="--json is now --output-json"):
         args = parse_args(["--config-file", CONFIG, "--json", "counts.json"])

@@ -150,6 +150,7 @@ def visualize_untrained(*arguments: object) -> int:
     )
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_drawn_are_skipped(tmp_path, capsys):
     inputs, output = tmp_path / "in", tmp_path / "new" / "out"
     inputs.mkdir()
@@ -357,6 +358,7 @@ def train(cfg, monkeypatch, *hooks) -> tuple[dict, Storage]:
     return trainer.model.state_dict(), kept[0]
 
 
+@pytest.mark.slow
 def test_hook_writes_and_does_not_affect_training(tmp_path, lamps, monkeypatch):
     cfg = load_config(CONFIG)
     cfg.OUTPUT_DIR, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = str(tmp_path), (lamps,), ()

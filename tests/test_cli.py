@@ -88,6 +88,7 @@ def test_every_tool_starts(script, tmp_path):
     assert done.stdout.startswith(f"usage: {script.name}")
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_the_exit_code():
     command = [sys.executable, "-W", "ignore", "-m", "nonlocal_det", "trian"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -456,6 +456,7 @@ def test_the_lamp_is_the_last_object_if_annotated():
     assert (same == image).all() and len(fewer) == len(instances) - 1
 
 
+@pytest.mark.slow
 def test_loader_reads_the_complete_dataset(written_root):
     for split, count in (("train", 400), ("val", 100)):
         dicts = DatasetCatalog.get(f"lamps_{split}")

@@ -171,6 +171,7 @@ def test_onnx(names, masked):
     assert_same_elsewhere(in_onnxruntime(buffer.getvalue()), side, masked)
 
 
+@pytest.mark.slow
 @quietly
 @pytest.mark.parametrize(("opset", "masked"), ((11, False), (11, True), (17, True)))
 @torch.no_grad()

@@ -165,6 +165,7 @@ def test_an_image_that_cannot_be_loaded_is_named(split, flags, tmp_path):
     assert f"/lamps/{split}/0" in last and ("stopped at iteration 0" in last) == (not flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -184,6 +185,7 @@ def test_bad_input_exits_with_a_one_line_error(arguments, said, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_position_exits_with_a_one_line_error(tmp_path):
     output = f"train.output_dir={tmp_path / 'output'}"
     wrong = "model.backbone.bottom_up.positions=['res4[9]']"

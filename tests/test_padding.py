@@ -245,6 +245,7 @@ LEAVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", LEAVES)
 def test_the_mask_leaves_with_the_backbone(way, model):
     cfg = configured((), {})

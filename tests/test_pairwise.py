@@ -414,6 +414,7 @@ for case in ((8, 8, False, False), (8, 4, False, False), (8, 8, True, False), (8
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 def test_weights_are_never_stored():
     """At 4,200 positions they are 67 MiB, and a tile 4."""

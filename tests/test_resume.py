@@ -123,6 +123,7 @@ def run_info(workspace: Workspace, output: str) -> list[dict[str, Any]]:
     return json.loads((workspace.folder / output / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_run_info(workspace: Workspace) -> None:
     workspace.train("recorded", "SOLVER.MAX_ITER", 1)
     (start,) = run_info(workspace, "recorded")
@@ -152,6 +153,7 @@ def test_a_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
     assert commit_of(str(tmp_path)) == {"commit": at.stdout.strip(), "dirty": True}
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_gives_way_to_the_newest_valid_one(workspace: Workspace) -> None:
     workspace.train("damaged")
     expected, folder = state(workspace, "damaged"), workspace.folder / "damaged"

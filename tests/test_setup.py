@@ -112,6 +112,7 @@ def test_sources_with_the_right_hash_are_fetched_and_edited_or_refused(
         installer.apply_edits(tree)
 
 
+@pytest.mark.slow
 def test_installer_keeps_the_detectron2_that_is_there():
     import detectron2
 

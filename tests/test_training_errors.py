@@ -64,6 +64,7 @@ def test_a_loss_that_is_not_finite(workspace: Workspace, begun: str) -> None:
 SUDDEN = ("SOLVER.WARMUP_METHOD", "constant", "SOLVER.WARMUP_ITERS", 2, "SOLVER.WARMUP_FACTOR")
 
 
+@pytest.mark.slow
 def test_training_that_diverges(workspace: Workspace) -> None:
     output = "diverges"
     said = workspace.train(output, *SUDDEN, 1e-18, "SOLVER.BASE_LR", 1e12, fails=True)
@@ -72,6 +73,7 @@ def test_training_that_diverges(workspace: Workspace) -> None:
     assert_kept(workspace, output, said, "model_0000001.pth")
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved(workspace: Workspace) -> None:
     """The loss of the step was finite; its gradients, times the rate, were not."""
     output, options = "infinite", ("SOLVER.BASE_LR", 3e38, "SOLVER.CHECKPOINT_PERIOD", 1)
@@ -101,6 +103,7 @@ def small_disk(workspace: Workspace) -> str:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_disk_full(workspace: Workspace, small_disk: str) -> None:
     said = workspace.train(small_disk, fails=True)
     assert "No space left on device" in said and "stopped at iteration 5." in said
@@ -133,6 +136,7 @@ def test_files_are_written_atomically(tmp_path: Path) -> None:
     assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "one bit", "zeros", "empty", "missing"])
 def test_a_corrupt_checkpoint(workspace: Workspace, damage: str, tmp_path: Path) -> None:
     good = (workspace.folder / "begun" / "model_0000001.pth").read_bytes()

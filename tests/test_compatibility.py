@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+import detectron2
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -81,6 +82,9 @@ def test_a_dataset_is_accepted_and_left_as_it_is(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_run_resumes(folder: Path) -> None:
     """With its seed, its optimizer and its records, from iteration 4 to 6."""
+    (start,) = read_run_info("run")
+    if detectron2.__version__ != start["versions"]["detectron2"]:
+        pytest.skip("detectron2 groups an optimizer's parameters otherwise in other versions.")
     arguments = ["--resume", "--config-file", "run/config.yaml"]
     for split in ("train", "val"):
         arguments += [f"--{split}-json", f"lamps/annotations/instances_{split}.json"]

@@ -9,7 +9,7 @@ demo: setup
 	DETECTRON2_DATASETS=datasets "$(BIN)" -W ignore tools/demo.py
 
 # Neighboring tests share models and stay together, until a process has nothing left to do.
-PYTEST = "$(BIN)" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST = "$(BIN)" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: lint
 	$(PYTEST)

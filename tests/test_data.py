@@ -470,6 +470,7 @@ def test_loader_reads_the_complete_dataset(written_root):
 
 
 def test_ground_truth_scores_100(written_root):
+    DatasetCatalog.get("lamps_val")  # detectron2 maps category ids to classes when it loads them
     evaluator = COCOEvaluator("lamps_val", distributed=False, output_dir=None)
     evaluator.reset()
     content = _read_json(written_root / "lamps" / "annotations" / "instances_val.json")

@@ -6,10 +6,10 @@ DETECTRON2 is a checkout of the version installed. In the second run every build
 makes a ResNet or an FPN, by registry, import or LazyConfig, gives one of ours with the weights of
 the stock one and new blocks at ``POSITIONS``; with ``--active``, blocks that add something. (Then
 eager and scripted blocks choose different kernels when they learn, and results differ by rounding,
-which some of the tests do not allow.) Ends with 1 if a test passes for the stock one only.
+which some of the tests do not allow.) The exit code is 1 if a test passes for the stock one only.
 
 What the tests would download is made here, the same for both runs: weights of the stock model's
-names and shapes, and a picture. And ONNX is exported by the exporter that the tests were written
+names and shapes, and an image. And ONNX is exported by the exporter that the tests were written
 for, no longer PyTorch's default. This file is also the plugin for pytest that does all this.
 """
 
@@ -32,8 +32,9 @@ FILES = (
     "tests/test_export_onnx.py",
 )
 POSITIONS = ("res4[-2]", "p3")
-ZOO, PICTURES = "https://dl.fbaipublicfiles.com/detectron2/", "http://images.cocodataset.org/"
-MODE, FOLDER = "UPSTREAM_MODE", "UPSTREAM_FOLDER"  # environment variables of the plugin
+ZOO, IMAGES = "https://dl.fbaipublicfiles.com/detectron2/", "http://images.cocodataset.org/"
+# Environment variables of the plugin.
+MODE, FOLDER = "DETECTRON2_TESTS_MODE", "DETECTRON2_TESTS_FOLDER"
 
 outcomes: dict[str, str] = {}
 ours_in: set[str] = set()  # the tests that ran with a backbone of ours
@@ -46,7 +47,8 @@ def run(checkout: Path, files, mode: str, folder: Path) -> dict:
     environment = {**os.environ, MODE: mode, FOLDER: str(folder)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "--rootdir", "."]
-    command += ["-p", "upstream", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    command += ["-p", Path(__file__).stem, "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors"]
     # Copied: a checkout's own detectron2 folder, not compiled, would hide the one installed.
     copied = folder / "checkout"
     if not copied.exists():
@@ -66,7 +68,7 @@ def run(checkout: Path, files, mode: str, folder: Path) -> dict:
 
 def compare(checkout: Path, files=FILES, mode: str = "new") -> tuple[dict, dict]:
     """The results of both runs, as `run` gives them; ``mode`` is "new" or "active"."""
-    folder = Path(tempfile.mkdtemp(prefix="upstream-"))
+    folder = Path(tempfile.mkdtemp(prefix="detectron2-tests-"))
     print(f"Logs are in {folder}.")
     return run(checkout, files, "stock", folder), run(checkout, files, mode, folder)
 
@@ -104,11 +106,12 @@ def _make_downloads_here(folder: Path) -> None:
 
     class MadeHere(PathHandler):
         def _get_supported_prefixes(self):
-            return [ZOO, PICTURES]
+            return [ZOO, IMAGES]
 
         def _get_local_path(self, path, **_):
-            picture = path.startswith(PICTURES)
-            return _image_size_of(folder) if picture else _weights(folder, path[len(ZOO) :])
+            if path.startswith(IMAGES):
+                return _image(folder)
+            return _weights(folder, path[len(ZOO) :])
 
     PathManager.register_handler(MadeHere())
 
@@ -121,20 +124,20 @@ def _export_as_before() -> None:
     torch.onnx.export = functools.partial(torch.onnx.export, dynamo=False)
 
 
-def _image_size_of(folder: Path) -> str:
+def _image(folder: Path) -> str:
     import numpy as np
     from PIL import Image
 
     from nonlocal_det.data.lamps.generator import LampsParams, render_image
 
-    path = folder / "picture.png"
+    path = folder / "image.png"
     size = LampsParams(side=(480, 640), shape_size=(80.0, 200.0))
     Image.fromarray(render_image(np.random.default_rng(0), size)[0]).save(path)
     return str(path)
 
 
 def _weights(folder: Path, name: str) -> str:
-    """Random weights with the names of a model of the zoo, such that it finds something.
+    """Random weights with the names of a model of the zoo, such that it predicts something.
 
     The first run, which is that of the stock models, makes them; the second takes the same.
     """
@@ -213,7 +216,7 @@ def _instantiate(cfg):
 
 
 def _with_weights_of(stock, make):
-    """A backbone of ours with the weights of the stock one, drawing no random number."""
+    """A backbone of ours with the weights of the stock one, sampling no random number."""
     import torch
     from tiny_models import names_without_blocks, wake
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_detectron2_tests as upstream
 import torch
 import torch.nn as nn
 from detectron2.modeling import build_model
 from PIL import Image
+from run_detectron2_tests import FILES, compare, passed
 from tiny_models import wake
 
 from nonlocal_det import export
@@ -135,6 +135,6 @@ def test_detectron2s_own_tests():
     if not source:
         pytest.skip("DETECTRON2_SOURCE names no checkout of detectron2")
     # The other files take an hour: python tests/run_detectron2_tests.py
-    stock, ours = upstream.compare(Path(source), upstream.FILES[:1])
-    assert upstream.passed(stock) and upstream.passed(stock) <= upstream.passed(ours)
-    assert upstream.passed(stock) <= set(ours["ours"])
+    stock, ours = compare(Path(source), FILES[:1])
+    assert passed(stock) and passed(stock) <= passed(ours)
+    assert passed(stock) <= set(ours["ours"])

@@ -285,6 +285,27 @@ def test_repetition_gives_the_same_bits(kind):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("queries, keys", [(1500, 9000), (40, 30)])
+def test_dot_product_takes_function_transforms(queries, keys):
+    """torch.func's gradients, and per-sample ones by vmap, are autograd's, in blocks or not."""
+    inputs = [x.detach() for x in make("dot_product", 3, 4, 5, queries, keys)]
+    toward = direction(inputs)
+
+    def loss(theta, phi, g, toward):
+        return (fast("dot_product", theta, phi, g) * toward).sum()
+
+    def loss_of_one(*sample):
+        return loss(*(x[None] for x in sample))
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(loss(*leaves, toward), leaves)
+    whole = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs, toward)
+    each = torch.func.vmap(torch.func.grad(loss_of_one, argnums=(0, 1, 2)))(*inputs, toward)
+    for found in (whole, each):
+        for ours, truth in zip(found, expected):
+            assert_near(ours, truth, roundings=2 * (queries + keys))
+
+
 # Precision.
 
 

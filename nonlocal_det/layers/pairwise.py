@@ -51,8 +51,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .casting import accum_dtype, is_tracing_or_compiling, saturating_cast, upcast, upcast_matmul
+from .capture import is_tracing_or_compiling
+from .casting import accum_dtype, saturating_cast, upcast
 from .hinge_sums import hinge_sums, hinge_sums_composite
+from .matmul import upcast_matmul
 from .tiled_softmax import tiled_softmax_attention
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .casting import upcast_matmul
+from .matmul import upcast_matmul
 
 TILE = 1024  # queries and keys per tile: 4 MB in float32, about what a core's cache holds
 

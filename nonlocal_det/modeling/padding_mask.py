@@ -20,7 +20,7 @@ import torch
 from detectron2.modeling import Backbone
 from torch import Tensor
 
-from ..layers.casting import is_tracing_or_compiling
+from ..layers.capture import is_tracing_or_compiling
 
 
 def register_padding_mask_hooks(backbone: Backbone) -> Backbone:

@@ -1,4 +1,4 @@
-"""Non-local blocks at any place of a detectron2 model, by configuration.
+"""Non-local blocks anywhere in a detectron2 model, by configuration.
 
 Importing this registers builders, heads and datasets in detectron2's registries, and does nothing
 else.

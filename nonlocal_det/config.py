@@ -86,7 +86,7 @@ def default_settings() -> dict[str, Any]:
     """Return the defaults of ``MODEL.NONLOCAL``."""
     cfg = get_cfg()
     add_nonlocal_config(cfg)
-    return with_new_keys(cfg.MODEL.NONLOCAL)
+    return dict(cfg.MODEL.NONLOCAL)
 
 
 def with_new_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,8 +118,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     config_file = find_config_file(config_file)
     if config_file.endswith(".py"):
         raise ValueError(
-            f"{config_file!r} is a LazyConfig, which tools/lazyconfig_train_net.py takes; a YAML "
-            f"file goes here."
+            f"{config_file!r} is a LazyConfig, for `nonlocal-det lazy-train` "
+            f"(tools/lazyconfig_train_net.py); a YAML file goes here."
         )
     cfg = get_cfg()
     add_nonlocal_config(cfg)
@@ -154,8 +154,8 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
     config_file = find_config_file(config_file)
     if not config_file.endswith(".py"):
         raise ValueError(
-            f"{config_file!r} is no LazyConfig, whose name ends in .py; tools/train_net.py takes "
-            f"YAML."
+            f"{config_file!r} is no LazyConfig, whose name ends in .py; YAML is for "
+            f"`nonlocal-det train` (tools/train_net.py)."
         )
     try:
         cfg = LazyConfig.load(config_file)

@@ -16,10 +16,13 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
+PROGRAM = "nonlocal-det"
+
+
 def program() -> str:
-    """Name of the running program, for its messages."""
+    """Name of the running program, for its messages: a script's, or that of the command line."""
     script = os.path.basename(sys.argv[0])
-    return "nonlocal-det" if script == "__main__.py" else script
+    return PROGRAM if script == "__main__.py" else script
 
 
 @contextmanager

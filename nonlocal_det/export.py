@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from .checkpoint.detection_checkpoint import NonLocalCheckpointer
 from .config import load_config
 from .engine import check_dataset_registered
-from .engine.preflight import check_inference_cfg
-from .modeling.supported_positions import check_positions
+from .engine.model_check import prepare_inference_cfg
 from .utils.file_io import ensure_writable_dir
 
 FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx"}  # and the name of the file
@@ -85,7 +84,8 @@ def export_and_compare(
         raise ValueError(
             f"The export to ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}."
         )
-    cfg = setup_cfg(config_file, options)
+    cfg = load_config(config_file, options)
+    prepare_inference_cfg(cfg)
     image = load_sample(cfg, sample_image)
     model = load_model(cfg)
     ensure_writable_dir(output)
@@ -94,17 +94,6 @@ def export_and_compare(
     yield f"Wrote {path}."
     for sample in (image, transposed(image)):
         yield compare_outputs(detections(model, sample), exported(sample), sample)
-
-
-def setup_cfg(config_file: str, options: Sequence[str]) -> CfgNode:
-    """Load and check a configuration, with the CPU as its device where there is no GPU."""
-    cfg = load_config(config_file, options)
-    check_positions(cfg)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    check_inference_cfg(cfg)
-    cfg.freeze()
-    return cfg
 
 
 def load_model(cfg: CfgNode) -> nn.Module:

@@ -18,7 +18,7 @@ from fvcore.nn.jit_handles import get_shape
 from torch import nn
 
 from ..config import load_config, load_lazy_config
-from ..engine.preflight import build_on_meta_device
+from ..engine.model_check import build_on_meta_device
 from ..layers import NonLocalBase
 from ..utils.config_files import find_config_file
 

@@ -8,7 +8,6 @@ The scripts in ``tools/`` are the same commands, for use from a checkout.
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,8 +17,8 @@ import detectron2
 import torch
 
 from .. import __version__
+from ..errors import PROGRAM, program
 
-PROGRAM = "nonlocal-det"
 # What each command does. Its module has the same name, with "_" for "-", and is imported only when
 # the command runs.
 COMMANDS = {
@@ -91,6 +90,5 @@ def unknown_command(name: str) -> str:
 
 def program_name(command: str) -> str:
     """Name of a command for its own usage message, as it was started."""
-    script = os.path.basename(sys.argv[0])
-    is_tool = script.endswith(".py") and script != "__main__.py"
-    return script if is_tool else f"{PROGRAM} {command}"
+    script = program()
+    return script if script.endswith(".py") else f"{PROGRAM} {command}"

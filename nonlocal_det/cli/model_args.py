@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 
-import torch
 from detectron2.config import CfgNode
 
 from ..config import load_config
-from ..engine.preflight import check_inference_cfg
+from ..engine.model_check import prepare_inference_cfg
 
 _DEMO_CONFIG = "lamps_mask_rcnn_R18_NL.yaml"  # of the model zoo
 _DEMO_WEIGHTS = os.path.join("output", "demo", "model_final.pth")
@@ -49,7 +48,5 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     if not cfg.MODEL.NONLOCAL.POSITIONS:
         raise ValueError("The model has no non-local blocks (MODEL.NONLOCAL.POSITIONS is empty).")
     cfg.MODEL.WEIGHTS = weights
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    check_inference_cfg(cfg)
+    prepare_inference_cfg(cfg)
     return cfg

@@ -1,7 +1,7 @@
 """Validation of the annotations in a COCO file: references, boxes, masks and keypoints.
 
 Each check adds its issues to the report and returns the annotations that are unusable. A check
-looks at all annotations that it can interpret, so that no check hides another's issues.
+checks all annotations that it can interpret, so that no check hides another's issues.
 """
 
 from __future__ import annotations

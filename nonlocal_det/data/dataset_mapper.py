@@ -25,6 +25,6 @@ class CheckedDatasetMapper(DatasetMapper):
                 raise
             raise DataLoadingError(
                 f"Failed to load image {dataset_dict['file_name']!r} or its annotations: "
-                f"{summarize_error(error)}. Run tools/train_net.py --check-data to find all such "
-                f"problems."
+                f"{summarize_error(error)}. To find all such problems, run `nonlocal-det train` "
+                f"(tools/train_net.py) with --check-data."
             ) from error

@@ -29,12 +29,11 @@ from ..utils.validation import check_choice, check_positive_int
 from .casting import saturating_cast
 from .masks import resize_mask
 from .norms import Norm, make_norm, masked_group_norm
+from .pixel_mask import NO_PIXEL_MASK, current_pixel_mask, in_backward
 from .shapes import CONV, check_input
 
 _INITS = ("kaiming", "normal")
 _RENAMED_INITS = {"he": "kaiming", "gaussian": "normal"}
-# An empty tensor, not None: the type of a TorchScript attribute cannot change.
-NO_PIXEL_MASK = torch.zeros(0, dtype=torch.bool)
 
 
 def init_conv(conv: nn.Module, init: str) -> None:
@@ -74,9 +73,9 @@ class NonLocalBase(nn.Module):
 
     Attributes:
         pixel_mask: Boolean (B, H, W) mask at the resolution of the input images, True on real
-            pixels (not padding), or `NO_PIXEL_MASK`. Set it temporarily where no mask can be
-            passed to `forward`, as inside an ``nn.Sequential``. The sign is the opposite of
-            torch's ``key_padding_mask``.
+            pixels (not padding), or `NO_PIXEL_MASK`. For scripted modules, and for a mask that
+            holds for all calls; the mask of one call comes from `pixel_mask`, which is safe with
+            threads. The sign is the opposite of torch's ``key_padding_mask``.
 
     Raises:
         ValueError: If an argument is not one of its choices, which the message lists, or the norm
@@ -104,6 +103,7 @@ class NonLocalBase(nn.Module):
         self.inner_channels = inner
         self.frozen = False
         self.pixel_mask = NO_PIXEL_MASK
+        self._gets_masks = False  # from calls of the network around it
         self.norm = make_norm(norm, channels, dims)
         # No bias under a norm: the norm has its own.
         bias = isinstance(self.norm, nn.Identity)
@@ -154,8 +154,8 @@ class NonLocalBase(nn.Module):
 
         Args:
             x: Input features, (B, C, *S).
-            mask: Boolean (B, *S), True at valid positions. None stands for ``pixel_mask`` resized,
-                or without one for all positions.
+            mask: Boolean (B, *S), True at valid positions. None stands for the pixel mask of the
+                running call or of the block, resized, or without one for all positions.
 
         Returns:
             Output features, (B, C, *S), in the dtype of ``x``.
@@ -183,9 +183,24 @@ class NonLocalBase(nn.Module):
 
     def resolve_mask(self, x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
         """The mask (B, *S) that `forward` uses for these arguments, or None for all positions."""
-        if mask is None and self.pixel_mask.dim() == 3:
-            return resize_mask(self.pixel_mask, x)
-        return mask
+        if mask is not None:
+            return mask
+        pixel_mask = self.pixel_mask
+        if not torch.jit.is_scripting():
+            pixel_mask = self._pixel_mask_of_call(x)
+        return resize_mask(pixel_mask, x) if pixel_mask.dim() == 3 else None
+
+    def _pixel_mask_of_call(self, x: Tensor) -> Tensor:
+        mask = current_pixel_mask(x)
+        if mask is not None:
+            self._gets_masks = True
+            return mask
+        if self._gets_masks and in_backward():
+            raise RuntimeError(
+                f"{type(self).__name__} runs again in the backward pass, without the mask of the "
+                f"padding. Checkpoint a call of whole modules, such as a stage of the backbone."
+            )
+        return self.pixel_mask
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Compute the inner features that ``out`` projects back to the input's channels.

@@ -18,6 +18,11 @@ def accum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def upcast(x: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Cast to ``dtype``, by default `accum_dtype`; float16 gradients are clamped to +-65504."""
     target = accum_dtype(x) if dtype is None else dtype

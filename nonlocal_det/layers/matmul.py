@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .capture import is_tracing_or_compiling
-from .casting import upcast
+from .casting import is_autocast, upcast
 
 BLOCK = 1024  # terms per partial sum
 
@@ -33,7 +33,7 @@ def upcast_matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _matmul_outside_autocast(x: Tensor, y: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return torch.matmul(x, y)
     return torch.matmul(x, y)

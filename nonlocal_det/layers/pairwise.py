@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .capture import is_tracing_or_compiling
-from .casting import accum_dtype, saturating_cast, upcast
+from .casting import accum_dtype, is_autocast, saturating_cast, upcast
 from .hinge_sums import hinge_sums, hinge_sums_composite
 from .matmul import upcast_matmul
 from .tiled_softmax import tiled_softmax_attention
@@ -177,7 +177,7 @@ def _attention(
 ) -> Tensor:
     """`F.scaled_dot_product_attention`, even under autocast in the dtype of its inputs."""
     if not torch.jit.is_scripting():
-        if torch.is_autocast_enabled(query.device.type):
+        if is_autocast(query):
             with torch.autocast(query.device.type, enabled=False):
                 return F.scaled_dot_product_attention(query, key, value, allowed, scale=scale)
     return F.scaled_dot_product_attention(query, key, value, allowed, scale=scale)

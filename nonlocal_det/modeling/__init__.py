@@ -12,6 +12,7 @@ from .backbone import (
     nonlocal_resnet,
 )
 from .block_factory import nonlocal_block_factory
+from .padding_mask import register_padding_mask_hooks
 from .positions import PositionError, insert_non_local
 
 __getattr__ = renamed_attributes(__name__, {"block_maker": "nonlocal_block_factory"})

@@ -62,9 +62,9 @@ def insert_after_outputs(
         blocks[name] = block.to(like).train(backbone.training)
     if blocks and not old:
         backbone.register_forward_hook(_run_blocks)
-        if mask_padding:
-            register_padding_mask_hooks(backbone)
     backbone.non_local = nn.ModuleDict({**old, **blocks})
+    if blocks and mask_padding:
+        register_padding_mask_hooks(backbone)
     return backbone
 
 

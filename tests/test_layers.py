@@ -22,6 +22,7 @@ import copy
 import itertools
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -447,6 +448,18 @@ def test_alone_is_as_batched_with_padding(case, right, below, norm):
     inside = (..., *(slice(0, n) for n in x.shape[2:]))
     block = active_block(name, dims, norm)
     assert_near_block(block(large, large_mask)[inside], block(x, mask), block, x, mask)
+
+
+@pytest.mark.parametrize("norm", (nn.InstanceNorm2d, partial(nn.GroupNorm, 2)))
+def test_norms_of_each_sample_count_valid_positions_alone(norm):
+    """They are those of a smaller image, from which what is masked was cut off."""
+    norm = partial(norm, affine=True) if norm is nn.InstanceNorm2d else norm
+    block = active_block("gaussian", 2, norm)
+    x = torch.randn(2, block.channels, 5, 6, dtype=torch.float64)
+    mask = torch.zeros(2, 5, 6, dtype=torch.bool)
+    mask[:, :4, :3] = True
+    cut = x[:, :, :4, :3]
+    assert_near_block(block(x, mask)[:, :, :4, :3], block(cut), block, x, mask)
 
 
 @each_variant

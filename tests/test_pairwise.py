@@ -12,7 +12,10 @@ Changes to the kernels that were made by hand, each of which fails a test here:
   gaps; a slope given to queries above no key, or to keys below no query; the sign of the keys'
   gradient; infinite gaps of masked keys kept; slope and gap one index apart; masked keys let in
 - softmax, dot product: a long sum made one by one, or by `baddbmm` into what is there
-- all: the eager implementation taken while being traced or exported; float16 results, or
+- softmax: rows without a finite logit taken for rows without keys; concatenation: no look at keys,
+  or at values, that are not finite
+- all: the first gradient's kernels used for the second; the mapped dimension of vmap taken for the
+  batch; the eager implementation taken while being traced or exported; float16 results, or
   gradients, not saturated
 """
 
@@ -209,6 +212,16 @@ def test_fused_attention_is_dense(width, values, queries, keys, mask_rows, seed)
     assert_same("softmax", inputs, mask, fused)
 
 
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_fused_widths(width, value_width):
+    """As PyTorch's kernels want them: equal on a CPU, elsewhere multiples of 8; never narrower."""
+    assert set(pairwise._fused_widths("cpu", width, value_width)) == {max(width, value_width)}
+    for given_width, padded in zip(
+        (width, value_width), pairwise._fused_widths("cuda", width, value_width)
+    ):
+        assert padded % 8 == 0 and 0 <= padded - given_width < 8
+
+
 @exactly_repeated
 @given(
     queries=st.integers(1, 40),
@@ -285,25 +298,65 @@ def test_repetition_gives_the_same_bits(kind):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("queries, keys", [(1500, 9000), (40, 30)])
-def test_dot_product_takes_function_transforms(queries, keys):
-    """torch.func's gradients, and per-sample ones by vmap, are autograd's, in blocks or not."""
-    inputs = [x.detach() for x in make("dot_product", 3, 4, 5, queries, keys)]
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("queries, keys", [(1100, 1300), (40, 30)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_function_transforms(kind, queries, keys, masked):
+    """torch.func's gradients, and per-sample ones by vmap, are autograd's."""
+    inputs = [x.detach() for x in make(kind, 3, 4, 5, queries, keys)]
+    mask = make_mask(3, keys, empty_rows=1) if masked else torch.ones(3, keys, dtype=torch.bool)
     toward = direction(inputs)
 
-    def loss(theta, phi, g, toward):
-        return (fast("dot_product", theta, phi, g) * toward).sum()
+    def loss(theta, phi, g, mask, toward):
+        return (fast(kind, theta, phi, g, mask if masked else None) * toward).sum()
 
     def loss_of_one(*sample):
         return loss(*(x[None] for x in sample))
 
     leaves = [x.clone().requires_grad_() for x in inputs]
-    expected = torch.autograd.grad(loss(*leaves, toward), leaves)
-    whole = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs, toward)
-    each = torch.func.vmap(torch.func.grad(loss_of_one, argnums=(0, 1, 2)))(*inputs, toward)
+    expected = torch.autograd.grad(loss(*leaves, mask, toward), leaves)
+    whole = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs, mask, toward)
+    of_one = torch.func.grad(loss_of_one, argnums=(0, 1, 2))
+    each = torch.func.vmap(of_one)(*inputs, mask, toward)
     for found in (whole, each):
         for ours, truth in zip(found, expected):
             assert_near(ours, truth, roundings=2 * (queries + keys))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives(kind, masked):
+    """Checked by differences, where the gradient of y needs none (a sum) and where it does."""
+    inputs = make(kind, 2, 2, 2, 4, 3)
+    mask = make_mask(2, 3, empty_rows=1) if masked else None
+    assert torch.autograd.gradgradcheck(lambda *x: fast(kind, *x, mask), inputs)
+    assert torch.autograd.gradgradcheck(lambda *x: fast(kind, *x, mask).sum(), inputs)
+
+
+# Numbers that are not finite are never hidden.
+
+NOT_FINITE = [
+    (which, value)
+    for which in ("query", "key", "value")
+    for value in (math.nan, math.inf, -math.inf)
+]
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("which, value", NOT_FINITE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_shows(kind, which, value, everywhere, learns):
+    """Wherever the dense form has no finite result, and in no other sample."""
+    inputs = [x.detach() for x in make(kind, 2, 3, 4, 30, 25)]
+    place = ("query", "key", "value").index(which)
+    inputs[place][0, ..., slice(None) if everywhere else 7] = value
+    truth = dense(kind, *inputs)
+    inputs = [x.requires_grad_(learns) for x in inputs]
+    found = fast(kind, *inputs).detach()
+    assert not truth.isfinite().all() or (kind, value) == ("concatenation", -math.inf)
+    assert not (found.isfinite() & ~truth.isfinite()).any()
+    assert_near(found[1], truth[1], roundings=100)
 
 
 # Precision.

@@ -24,8 +24,9 @@ def convert_mmcv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a ``NonLocal1d``, ``NonLocal2d`` or ``NonLocal3d`` of mmcv.
 
     Settings for equal outputs: ``pairwise`` as its ``mode``; ``scale`` as its ``use_scale``, True
-    by default; ``subsample`` as its ``sub_sample``; ``inner_channels`` of channels // its
-    ``reduction``; ``norm`` "BN" or "GN" as its ``norm_cfg``, "" without one.
+    by default, but False in mode "gaussian", which mmcv never scales; ``subsample`` as its
+    ``sub_sample``; ``inner_channels`` of channels // its ``reduction``; ``norm`` "BN" or "GN" as
+    its ``norm_cfg``, "" without one.
 
     Args:
         state: Tensors of the block.

@@ -6,8 +6,9 @@ Shape symbols: B batch, C channels, D inner channels; ``*S`` is one, two or thre
 dimensions, in the order (T, H, W), (H, W) or (L,).
 
 Masks are True at valid positions. A masked position contributes nothing to the others, counts in no
-mean, and its output is its input. (The running statistics of a batch norm in training are those of
-all positions.)
+mean, and its output is its input. Of norms, this holds for group and instance norm, and for those
+with fixed statistics; the statistics of a batch norm in training are those of all positions, and a
+norm of one's own computes what it computes.
 
 Precision: convolutions run in the dtype of the module, or of autocast; softmaxes, means, sums over
 positions and the statistics of norms are computed in float32 or better. Values beyond the range of
@@ -28,7 +29,7 @@ from ..utils.deprecation import renamed_method, renamed_value
 from ..utils.validation import check_choice, check_positive_int
 from .casting import saturating_cast
 from .masks import resize_mask
-from .norms import Norm, make_norm, masked_group_norm
+from .norms import Norm, make_norm, masked_group_norm, num_statistics_groups
 from .pixel_mask import NO_PIXEL_MASK, current_pixel_mask, in_backward
 from .shapes import CONV, check_input
 
@@ -105,6 +106,7 @@ class NonLocalBase(nn.Module):
         self.pixel_mask = NO_PIXEL_MASK
         self._gets_masks = False  # from calls of the network around it
         self.norm = make_norm(norm, channels, dims)
+        self._norm_groups = num_statistics_groups(self.norm)
         # No bias under a norm: the norm has its own.
         bias = isinstance(self.norm, nn.Identity)
         self.out = CONV[dims](inner, channels, 1, bias=bias, groups=out_groups)
@@ -172,12 +174,11 @@ class NonLocalBase(nn.Module):
         return z if mask is None else torch.where(mask.unsqueeze(1), z, x)
 
     def _normalize(self, branch: Tensor, mask: Optional[Tensor]) -> Tensor:
-        # Group norm: the one norm whose statistics at inference are those of the image itself.
-        if hasattr(self.norm, "num_groups"):
+        if hasattr(self.norm, "eps") and self._norm_groups > 0:
             if mask is not None and branch.shape[2:] == mask.shape[1:]:
                 norm = self.norm
                 return masked_group_norm(
-                    branch, mask, norm.num_groups, norm.weight, norm.bias, norm.eps
+                    branch, mask, self._norm_groups, norm.weight, norm.bias, norm.eps
                 )
         return self.norm(branch)
 

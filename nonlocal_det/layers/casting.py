@@ -10,7 +10,6 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def accum_dtype(x: Tensor) -> torch.dtype:
@@ -40,12 +39,16 @@ def saturating_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Upcast(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = x.dtype
+    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return saturating_cast(grad, ctx.dtype), None

@@ -18,12 +18,14 @@ Shape symbols: B batch, V value channels, N query and M key positions.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .transforms import differentiable_gradients, fold_into_batch, split_from_batch
 
 BLOCK = 2**18  # numbers in a block of channels: 1 MB in float32, so that it stays in cache
 
@@ -105,8 +107,7 @@ def hinge_sums_composite(a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
 
 class _HingeSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
-        ctx.save_for_backward(a, c, g, s)
+    def forward(a: Tensor, c: Tensor, g: Tensor, s: Tensor) -> Tensor:
         breakpoints = find_breakpoints(a, c, s)
         y = g.new_empty(*g.shape[:2], a.shape[1])
         for v in _channel_blocks(y, g):
@@ -115,9 +116,20 @@ class _HingeSums(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Optional[int], ...], *args: Tensor) -> tuple[Tensor, int]:
+        y = _HingeSums.apply(*fold_into_batch(info.batch_size, in_dims, args))
+        return split_from_batch(info.batch_size, y), 0
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         a, c, g, s = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients will be differentiated
+            composite = partial(hinge_sums_composite, s=s)
+            return (*differentiable_gradients(composite, (a, c, g), grad), None)
         grad = grad.contiguous()
         forth, back = find_breakpoints(a, c, s), find_breakpoints(-c, -a, s)
         d_a, d_c, d_g = torch.zeros_like(a), torch.zeros_like(c), torch.empty_like(g)

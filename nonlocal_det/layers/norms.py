@@ -14,6 +14,7 @@ from .shapes import split_channel_groups
 
 Norm = Union[str, Callable[[int], nn.Module]]
 _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_INSTANCE_NORM = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _NORMS = ("", "BN", "SyncBN", "GN")
 
 
@@ -39,6 +40,15 @@ def make_norm(norm: Norm, channels: int, dims: int) -> nn.Module:
     if norm == "GN":
         return nn.GroupNorm(math.gcd(32, channels), channels)
     return nn.Identity()
+
+
+def num_statistics_groups(norm: nn.Module) -> int:
+    """Number of channel groups whose statistics a norm takes from each sample, 0 if from none."""
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_groups
+    if isinstance(norm, _INSTANCE_NORM) and not norm.track_running_stats:
+        return norm.num_features
+    return 0
 
 
 def masked_group_norm(

@@ -29,13 +29,17 @@ float64. Otherwise logits, sums of exponentials, counts and intermediate product
   in fused kernels. The other two compute bfloat16 in float32.
 
 Inputs up to a thousand give no NaN or infinity in any dtype; products beyond float32's own range of
-3e38 are not handled.
+3e38 are not handled. A NaN or infinity in the input is never hidden: wherever the dense weights
+would give a result that is not finite, so is this one.
 
 Transformations. Eager mode uses the implementation that needs the least memory. Under
 ``torch.jit.trace``, ``torch.export`` and ``torch.compile`` the same output is computed by ordinary
 operators of any size: PyTorch's fused attention, two products, or a sort and prefix sums.
 ``torch.jit.script`` chooses among ordinary operators at run time. ONNX has no ``searchsorted``, and
 older versions no fused attention: there concatenation and softmax attention are dense.
+`torch.func`'s grad, vjp and vmap work, and so do second derivatives; both compute tiles with the
+dense weights. Forward-mode derivatives (jvp) are not implemented for tiles, hinge sums and long
+products. torch.fx cannot trace through a block: name it a leaf module.
 Scripted or traced, a function follows the autocast state it runs under, and only float16 results,
 not gradients, are clamped.
 
@@ -52,55 +56,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .capture import is_tracing_or_compiling
-from .casting import accum_dtype, is_autocast, saturating_cast, upcast
+from .casting import is_autocast, saturating_cast, upcast
+from .dense_weights import (
+    concatenation_weights,
+    dot_product_weights,
+    one_over_keys,
+    softmax_weights,
+)
 from .hinge_sums import hinge_sums, hinge_sums_composite
 from .matmul import upcast_matmul
 from .tiled_softmax import tiled_softmax_attention
-
-
-def softmax_weights(theta: Tensor, phi: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
-    """Weights of the (embedded) Gaussian, equations 2 and 3: softmax over j of theta_i . phi_j.
-
-    Args:
-        theta: Queries, (B, D, N).
-        phi: Keys, (B, D, M).
-        mask: Boolean (B, M), True at valid keys, or None for all.
-        scale: Factor of the logits; 1 as in the paper.
-
-    Returns:
-        Attention weights, (B, N, M); each row sums to one, or to zero without a valid key.
-    """
-    logits = upcast_matmul(theta.transpose(1, 2), phi) * scale
-    if mask is None:
-        return logits.softmax(dim=-1)
-    # A row of nothing but -inf would be NaN, and so would its gradient: such rows stay unmasked.
-    hidden = ~mask & mask.any(dim=1, keepdim=True)
-    weights = logits.masked_fill(hidden.unsqueeze(1), -math.inf).softmax(dim=-1)
-    return weights.masked_fill(~mask.unsqueeze(1), 0.0)
-
-
-def dot_product_weights(theta: Tensor, phi: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Weights of the dot product, equation 4: theta_i . phi_j / M, signed; (B, N, M)."""
-    weights = upcast_matmul(theta.transpose(1, 2), phi) * _one_over_keys(phi[:, 0], mask)
-    return weights if mask is None else weights.masked_fill(~mask.unsqueeze(1), 0.0)
-
-
-def concatenation_weights(a: Tensor, b: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Weights of the concatenation, equation 5: ReLU(a_i + b_j) / M; (B, N, M).
-
-    The vector w_f splits over its two halves, w_f . [theta_i, phi_j] = a_i + b_j, so only the
-    two projections are needed: ``a`` (B, N) of the queries and ``b`` (B, M) of the keys.
-    """
-    a, b = upcast(a), upcast(b)
-    weights = F.relu(a.unsqueeze(2) + b.unsqueeze(1)) * _one_over_keys(b, mask)
-    return weights if mask is None else weights.masked_fill(~mask.unsqueeze(1), 0.0)
-
-
-def _one_over_keys(keys: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """(B, 1, 1): 1 / (number of valid keys), 1 if there is none; ``keys`` is (B, M)."""
-    present = torch.ones_like(keys) if mask is None else mask
-    count = present.sum(dim=1, dtype=accum_dtype(keys)).clamp(min=1)
-    return count.reciprocal().view(-1, 1, 1)
 
 
 def softmax_attention(
@@ -151,17 +116,25 @@ def _fused_attention(
 ) -> Tensor:
     """PyTorch's scaled dot-product attention, with inputs that its fused kernels support.
 
-    That is four dimensions, contiguous rows, on a CPU keys as wide as values, and a valid key in
+    That is four dimensions, contiguous rows of widths as in `_fused_widths`, and a valid key in
     each row. Otherwise PyTorch silently falls back to the dense implementation.
     """
-    width = max(phi.shape[1], g.shape[1]) if theta.device.type == "cpu" else 0
-    query, key, value = _rows(theta, width), _rows(phi, width), _rows(g, width)
+    width, value_width = _fused_widths(theta.device.type, phi.shape[1], g.shape[1])
+    query, key, value = _rows(theta, width), _rows(phi, width), _rows(g, value_width)
     allowed: Optional[Tensor] = None
     if mask is not None:
         allowed = (mask | ~mask.any(dim=1, keepdim=True)).unsqueeze(1).unsqueeze(1)
     y = _attention(query, key, value, allowed, scale)
     y = y.squeeze(1).transpose(1, 2)[:, : g.shape[1]]
     return y if mask is None else y.masked_fill(~mask.any(dim=1).view(-1, 1, 1), 0.0)
+
+
+def _fused_widths(device: str, width: int, value_width: int) -> tuple[int, int]:
+    """Widths of keys and values that fused kernels take: equal on a CPU, else multiples of 8."""
+    if device == "cpu":
+        widest = max(width, value_width)
+        return widest, widest
+    return (width + 7) // 8 * 8, (value_width + 7) // 8 * 8
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
@@ -191,7 +164,7 @@ def dot_product_attention(theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[
         return saturating_cast(y, g.dtype)
     if mask is not None:
         values = values.masked_fill(~mask.unsqueeze(1), 0.0)
-    summary = upcast_matmul(values, phi.transpose(1, 2)) * _one_over_keys(phi[:, 0], mask)
+    summary = upcast_matmul(values, phi.transpose(1, 2)) * one_over_keys(phi[:, 0], mask)
     return saturating_cast(upcast_matmul(summary, theta), g.dtype)
 
 
@@ -216,12 +189,25 @@ def concatenation_attention(a: Tensor, b: Tensor, g: Tensor, mask: Optional[Tens
     breakpoints = -keys
     if mask is not None:
         breakpoints = breakpoints.masked_fill(~mask, math.inf)
-    share = _one_over_keys(keys, mask).squeeze(2)
+    share = one_over_keys(keys, mask).squeeze(2) + _nan_if_not_finite(keys, values, mask)
     if torch.jit.is_scripting() or is_tracing_or_compiling():
         y = hinge_sums_composite(queries, breakpoints, values, share)
     else:
         y = hinge_sums(queries, breakpoints, values, share)
     return saturating_cast(y, g.dtype)
+
+
+def _nan_if_not_finite(keys: Tensor, values: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """(B, 1): zero; NaN if a valid key or value is, or is infinite and counts in the dense sum.
+
+    Sorted, such a key would lie beyond all queries and have no effect.
+    """
+    keys = F.relu(keys.detach())
+    values = values.detach()
+    if mask is not None:
+        keys = keys.masked_fill(~mask, 0.0)
+        values = values.masked_fill(~mask.unsqueeze(1), 0.0)
+    return (keys.sum(dim=1, keepdim=True) + values.sum(dim=[1, 2]).unsqueeze(1)) * 0.0
 
 
 def _dense_is_faster(a: Tensor, g: Tensor) -> bool:

@@ -23,13 +23,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .dense_weights import softmax_weights
 from .matmul import upcast_matmul
+from .transforms import differentiable_gradients, fold_into_batch, split_from_batch
 
 TILE = 1024  # queries and keys per tile: 4 MB in float32, about what a core's cache holds
 
@@ -48,16 +50,23 @@ def tiled_softmax_attention(
     Returns:
         Attention output, (B, V, N).
     """
-    return _TiledSoftmaxAttention.apply(theta, phi, g, mask)
+    return _TiledSoftmaxAttention.apply(theta, phi, g, mask)[0]
+
+
+def _dense_attention(theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
+    return upcast_matmul(g, softmax_weights(theta, phi, mask, 1.0).mT)
 
 
 class _TiledSoftmaxAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
+    def forward(
+        theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         batch, _, queries = theta.shape
         y = g.new_zeros(batch, g.shape[1], queries)
         log_sum = theta.new_empty(batch, queries, 1)
         (buffer,) = _buffers(theta, phi, count=1)
+        without_keys = theta.new_zeros(batch, 1, 1) if mask is None else _without_keys(theta, mask)
         for b, n in _blocks(theta, phi):
             sums = y[b, :, n]
             top = torch.full_like(log_sum[b, n], torch.finfo(theta.dtype).min)
@@ -70,16 +79,29 @@ class _TiledSoftmaxAttention(torch.autograd.Function):
                 total.mul_(fade).add_(weights.sum(dim=2, keepdim=True))
                 sums.mul_(fade.mT).add_(upcast_matmul(g[b, :, m], weights.mT))
                 top = higher
-            total.clamp_(min=1)  # below 1 only without a valid key
+            total.add_(without_keys[b])  # otherwise zero only if all logits are -inf: NaN, as dense
             sums.div_(total.mT)
             log_sum[b, n] = top + total.log()
-        ctx.save_for_backward(theta, phi, g, mask, y, log_sum)
-        return y
+        return y, log_sum
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Optional[int], ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+        results = _TiledSoftmaxAttention.apply(*fold_into_batch(info.batch_size, in_dims, args))
+        return tuple(split_from_batch(info.batch_size, result) for result in results), (0, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         theta, phi, g, mask, y, log_sum = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients will be differentiated
+            dense = partial(_dense_attention, mask=mask)
+            return (*differentiable_gradients(dense, (theta, phi, g), grad), None)
         grad = grad.contiguous()
         d_theta, d_phi, d_g = (torch.zeros_like(t) for t in (theta, phi, g))
         buffer, d_buffer = _buffers(theta, phi, count=2)
@@ -95,6 +117,11 @@ class _TiledSoftmaxAttention(torch.autograd.Function):
                 d_theta[b, :, n].add_(upcast_matmul(phi[b, :, m], d_logits.mT))
                 d_phi[b, :, m].add_(upcast_matmul(theta[b, :, n], d_logits))
         return d_theta, d_phi, d_g, None
+
+
+def _without_keys(theta: Tensor, mask: Tensor) -> Tensor:
+    """(B, 1, 1): 1 for a sample without a valid key, else 0."""
+    return (~mask.any(dim=1)).to(theta.dtype).view(-1, 1, 1)
 
 
 def _spans(length: int, step: int) -> list[slice]:

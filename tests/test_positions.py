@@ -245,6 +245,39 @@ def test_twice_in_two_calls_is_refused():
     assert insert_non_local(model, ["layer3[1]"], make_block) == ["layer3.nl1"]
 
 
+CONCATENATING = {  # modules whose last convolution makes a part of their channels alone
+    "densenet": (torchvision.models.densenet121, "features.denseblock2"),
+    "squeezenet": (torchvision.models.squeezenet1_1, "features[4]"),
+    "shufflenet": (torchvision.models.shufflenet_v2_x0_5, "stage3[-2]"),
+}
+
+
+@pytest.mark.parametrize("name", CONCATENATING)
+def test_channels_are_those_of_the_features(name):
+    build, position = CONCATENATING[name]
+    model, image = build().eval(), torch.randn(1, 3, 64, 64)
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    with torch.no_grad():
+        before = model(image)
+        (block,) = insert_non_local(model, [position], NonLocalBlock)
+        assert torch.equal(model(image), before)
+    left = [b for n, b in model.named_buffers() if not n.startswith(f"{block}.")]
+    assert all(map(torch.equal, left, statistics))
+
+
+class Indexing(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x)) + x
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_refused():
+    """Its children may be called in any way, or by an index that a block would shift."""
+    model = nn.Sequential(Indexing(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)), nn.ReLU())
+    with pytest.raises(PositionError, match="'0' that runs its children one after the other"):
+        insert_non_local(model, ["0[0]"], make_block)
+    assert insert_non_local(model, ["0"], make_block) == ["nl0"]
+
+
 def test_channels_that_cannot_be_inferred_are_an_error():
     with pytest.raises(PositionError, match="ReLU, Flatten"):
         output_channels([nn.ReLU(), nn.Flatten()])

@@ -11,14 +11,17 @@ import ast
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 import torch.nn as nn
+from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 
 BlockFactory = Callable[..., nn.Module]
 
 _SYNTAX = re.compile(r"(?P<target>[\w.\-]+)(\[(?P<index>[-+:\d\s]*)\])?(?P<settings>(\s+\w+=\S+)*)")
+_PROBE = (64, 96, 80)  # spatial size of features that layers are tried on
 _EXAMPLES = "'res4[-2]', 'res3[1::2]', 'p3', 'mask_head[-1]', 'res3[:] PAIRWISE=dot_product'"
 
 
@@ -138,19 +141,25 @@ def insert_non_local(
 def _locate(module: nn.Module, position: Position) -> tuple[str, list[str]]:
     """Find the path of a position's ``nn.Sequential`` and the names of the selected children."""
     parts = position.target.split(".")
-    sequences = {n: m for n, m in module.named_modules() if isinstance(m, nn.Sequential)}
+    sequences = {n: m for n, m in module.named_modules() if _is_sequential(m)}
     parent = sequences.get(".".join(parts[:-1]))
     if position.index is None and parent is not None and parts[-1] in parent._modules:
         return ".".join(parts[:-1]), [parts[-1]]
     if position.target not in sequences:
         raise PositionError(
             f"Position {position.text!r}: {type(module).__name__} has no nn.Sequential "
-            f"{position.target!r}; it has {', '.join(sequences) or 'none'}."
+            f"{position.target!r} that runs its children one after the other; it has "
+            f"{', '.join(sequences) or 'none'}."
         )
     names = list(sequences[position.target]._modules)
     inserted = set(map(block_name, names))
     counted = [name for name in names if name not in inserted]
     return position.target, position.select(counted, "blocks")
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    """Whether children run one after the other; a subclass may do anything else."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def block_name(child: str) -> str:
@@ -248,14 +257,17 @@ def _insert_after(sequence: nn.Sequential, name: str, block: nn.Module) -> None:
 
 
 def output_channels(layers: Sequence[nn.Module]) -> int:
-    """Infer the output channels of layers that run in sequence.
+    """Number of output channels of layers that run in sequence.
 
-    They are the ``out_channels`` or ``out_features`` of the last layer, or inside it, that has one;
-    layers without, such as a ReLU, keep the number of channels.
+    It is measured, on the meta device, where the layers take features (B, C, *S). Otherwise it is
+    the ``out_channels`` or ``out_features`` of the last layer, or inside it, that has one.
 
     Raises:
         PositionError: If no layer has either.
     """
+    measured = _measured_channels(layers)
+    if measured is not None:
+        return measured
     for layer in reversed(layers):
         for part in (layer, *reversed(list(layer.modules()))):
             for attribute in ("out_channels", "out_features"):
@@ -264,3 +276,22 @@ def output_channels(layers: Sequence[nn.Module]) -> int:
                     return channels
     names = ", ".join(type(layer).__name__ for layer in layers)
     raise PositionError(f"Cannot infer the output channels of {names}.")
+
+
+@torch.no_grad()
+def _measured_channels(layers: Sequence[nn.Module]) -> Optional[int]:
+    """Channels of what the layers make of features as wide as their first convolution takes."""
+    convs = (part for layer in layers for part in layer.modules() if isinstance(part, _ConvNd))
+    first = next(convs, None)
+    if first is None:
+        return None
+    shape = (2, first.in_channels, *_PROBE[: first.weight.dim() - 2])
+    y = torch.empty(shape, dtype=first.weight.dtype, device="meta")
+    try:
+        for layer in layers:
+            tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+            on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+            y = functional_call(layer, on_meta, (y,))
+        return y.shape[1] if y.dim() == len(shape) else None
+    except Exception:  # a layer wants something else, or an operator knows no meta device
+        return None

@@ -170,6 +170,117 @@ def test_the_evaluator_is_quick_and_gives_detectron2s_results(lamps, tmp_path):
         assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+IDS = {
+    "as they are": {},
+    "negative": {"annotation": lambda k: -k},
+    "0, and beyond 2^53": {
+        "annotation": lambda k: k - 1,
+        "image": lambda k: k + 1537218342345678901,
+    },
+    "beyond 2^64": {"annotation": lambda k: k + 2**70, "category": lambda k: k - 2**60},
+}
+
+
+@pytest.fixture()
+def register(lamps, tmp_path):
+    """A function that registers a copy of the dataset with a slash in its name."""
+    names = []
+
+    def add(change):
+        content = copy.deepcopy(lamps.dataset)
+        change(content)
+        file = tmp_path / "changed.json"
+        file.write_text(json.dumps(content))
+        names.append(f"other/{len(names)}")
+        register_coco_instances(names[-1], {}, str(file), "")
+        return names[-1], DatasetCatalog.get(names[-1])
+
+    yield add
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def metrics_of_found(name, records, folder=None):
+    """The evaluator's metrics if a model finds all objects but every fifth, with their masks."""
+    evaluator = ReportingCOCOEvaluator(name, distributed=False, output_dir=folder)
+    evaluator.reset()
+    for record in records:
+        found = [one for k, one in enumerate(record["annotations"]) if (record["place"] + k) % 5]
+        instances = [
+            {
+                **{"image_id": record["image_id"], "category_id": one["category_id"]},
+                **{"bbox": one["bbox"], "score": 0.9, "segmentation": one["mask"]},
+            }
+            for one in found
+        ]
+        evaluator._predictions.append({"image_id": record["image_id"], "instances": instances})
+    return quietly(evaluator.evaluate)
+
+
+def with_masks(records, truth):
+    """Records with the masks of the objects, whatever a changed file says of them."""
+    for place, (record, objects) in enumerate(zip(records, truth.imgToAnns.values())):
+        record["place"] = place
+        for one, annotation in zip(record["annotations"], objects):
+            mask = truth.annToRLE(annotation)
+            one["mask"] = {**mask, "counts": mask["counts"].decode()}
+    return records
+
+
+def test_any_ids_give_the_same_metrics(lamps, register):
+    """The implementations have limits: 0, negative numbers, integers that no float is."""
+    results = {}
+    for case, ids in IDS.items():
+
+        def change(content, ids=ids):
+            for part, keys in (
+                ("images", {"id": "image"}),
+                ("categories", {"id": "category"}),
+                (
+                    "annotations",
+                    {"id": "annotation", "image_id": "image", "category_id": "category"},
+                ),
+            ):
+                for one in content[part]:
+                    for key, kind in keys.items():
+                        one[key] = ids.get(kind, int)(one[key])
+
+        name, records = register(change)
+        results[case] = metrics_of_found(name, with_masks(records, lamps))
+    plain = results.pop("as they are")
+    assert 60 < plain["bbox"]["AP"] < 95 and 60 < plain["segm"]["AP"] < 95
+    for case, result in results.items():
+        for task in ("bbox", "segm"):
+            assert result[task] == pytest.approx(plain[task], abs=1e-9, nan_ok=True), case
+
+
+@pytest.mark.parametrize("count", (1, None), ids=("an annotation", "all annotations"))
+def test_masks_are_evaluated_if_all_are_annotated(count, lamps, register):
+    name, records = register(
+        lambda content: [one.pop("segmentation") for one in content["annotations"][:count]]
+    )
+    result = metrics_of_found(name, with_masks(records, lamps))
+    assert result.keys() == {"bbox"} and result["bbox"]["AP"] > 60
+
+
+@pytest.mark.parametrize("blocked", (False, True), ids=("drawn", "not to be drawn"))
+def test_no_name_and_no_figure_ends_an_evaluation(blocked, lamps, register, tmp_path):
+    def change(content):
+        for category, name in zip(content["categories"], ("$5 or 5$", "a$\\frac$", "_c")):
+            category["name"] = name
+
+    name, records = register(change)
+    figure = tmp_path / "other_0_bbox_precision_recall.png"
+    if blocked:
+        figure.mkdir()
+    result = metrics_of_found(name, with_masks(records, lamps), str(tmp_path))
+    assert result["bbox"]["AP"] > 60
+    assert figure.is_file() != blocked
+    rows = rows_of(tmp_path / "other_0_bbox_per_class.csv")
+    assert [row["class"] for row in rows] == ["$5 or 5$", "a$\\frac$", "_c"]
+
+
 def test_without_the_fast_package_pycocotools_measures(lamps, tmp_path, monkeypatch):
     monkeypatch.setattr(coco_eval_backend, "COCOeval_faster", None)
     kinds = evaluated(lamps, made_detections(lamps, "segm"), tmp_path)[1]

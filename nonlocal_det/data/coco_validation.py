@@ -180,7 +180,6 @@ def _check_ids(report: DatasetReport, annotations: list[Any]) -> list[Entry]:
         kept = set(map(id, valid))
         report.add("bad_annotation", [a for a in annotations if id(a) not in kept], excerpt)
     report.add("same_annotation_id", duplicates(a["id"] for a in valid))
-    report.add("id_zero", [a["id"] for a in valid if a["id"] == 0])
     return valid
 
 

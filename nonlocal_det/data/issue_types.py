@@ -135,7 +135,4 @@ ISSUE_TYPES = {
     "num_keypoints": IssueType(FIXED, "num_keypoints missing or wrong", "counted again"),
     "no_area": IssueType(FIXED, "annotations without area", "set to the box's area"),
     "no_crowd": IssueType(FIXED, "annotations without iscrowd", "set to 0"),
-    "id_zero": IssueType(
-        INFO, "annotations with id 0", "COCO evaluation counts it as not detected: start at 1"
-    ),
 }

@@ -318,6 +318,17 @@ def change(entry: dict[str, Any], changes: dict[str, Any]) -> None:
             del entry[key]
 
 
+def rle(counts: Any) -> Callable[[dict[str, Any]], None]:
+    """Give the first annotation an RLE with these counts, or a function's of the image's area."""
+
+    def damage(content: dict[str, Any]) -> None:
+        size = [content["images"][0][side] for side in ("height", "width")]
+        given = counts(size[0] * size[1]) if callable(counts) else counts
+        content["annotations"][0]["segmentation"] = {"size": size, "counts": given}
+
+    return damage
+
+
 def image_bytes(data: Union[bytes, int]) -> Callable[[dict[str, Any]], None]:
     """Overwrite the first image, or keep its first so many bytes."""
 
@@ -372,6 +383,11 @@ ERRORS: dict[str, tuple[Damage, str, str]] = {
     "a category id twice": (twice("categories"), "same_category_id", "1"),
     "an image id twice": (twice("images"), "same_image_id", "1"),
     "an annotation id twice": (twice("annotations"), "same_annotation_id", "1"),
+    "boxes in shares of the image": (
+        lambda c: [a.update(bbox=[0.4, 0.5, 0.2, 1]) for a in c["annotations"]],
+        "relative_boxes",
+        "[0.4, 0.5, 0.2, 1]",
+    ),
     "a category not declared": (first(category_id=9), "undeclared_category", "category 9"),
 }
 REMOVALS: dict[str, tuple[Damage, str, str]] = {
@@ -412,6 +428,20 @@ REMOVALS: dict[str, tuple[Damage, str, str]] = {
         "bad_rle",
         "annotation 1",
     ),
+    "an RLE that is no code": (rle("abc"), "bad_rle", "annotation 1"),
+    "an RLE in another alphabet": (rle("\u00e9"), "bad_rle", "annotation 1"),
+    "an RLE without an end": (rle("o" * 20), "bad_rle", "annotation 1"),
+    "an empty RLE": (rle(""), "bad_rle", "annotation 1"),
+    "an RLE with a negative count": (rle(lambda area: [-5, area + 5]), "bad_rle", "annotation 1"),
+    "an RLE with half a count": (rle(lambda area: [0.5, area - 0.5]), "bad_rle", "annotation 1"),
+    "an RLE of too few counts": (rle(lambda area: [area - 1]), "bad_rle", "annotation 1"),
+    "a huge polygon": (
+        first(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]),
+        "bad_polygon",
+        "annotation 1",
+    ),
+    "iscrowd as text": (first(iscrowd="1"), "bad_crowd", '"1" of annotation 1'),
+    "iscrowd of 2": (first(iscrowd=2), "bad_crowd", "2 of annotation 1"),
     "an RLE without counts": (first(segmentation={"size": [2, 3]}), "bad_rle", "annotation 1"),
 }
 
@@ -473,6 +503,23 @@ def test_unusable_entries_are_removed(name: str, folder: Path) -> None:
     after = contents(folder)
     del after["output/datasets/custom_train.json"]
     assert after == before
+
+
+@pytest.mark.parametrize(
+    "mask", [{"size": [2, 3], "counts": [-1, 7]}, [1, 2, 3, 4, 5, 6], "mask", [[1, 2, 3]]], ids=str
+)
+def test_masks_that_are_not_needed_do_not_end_a_run(mask: Any, folder: Path) -> None:
+    damage_custom(first(segmentation=mask))
+    arguments = train(*CUSTOM, "OUTPUT_DIR", "output", "MODEL.MASK_ON", "False")
+    args = nonlocal_argument_parser().parse_args(arguments)
+    cfg = load_config(args.config_file, args.opts)
+    datasets = load_custom_datasets(cfg, args)
+    issues = {issue.type: issue.count for issue in datasets.reports["custom_train"].issues}
+    assert issues["unused_mask"] == 1
+    datasets.apply_to(cfg)
+    datasets.write_and_log(cfg)
+    used = sum(len(record["annotations"]) for record in DatasetCatalog.get("custom_train"))
+    assert used == len(json.loads(Path("custom.json").read_text())["annotations"])
 
 
 def test_keypoints_must_be_named_and_of_one_length(folder: Path) -> None:

@@ -10,15 +10,19 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from detectron2.data.detection_utils import read_image
 from PIL import Image
+from pycocotools.mask import encode
 from tool_process import run_tool
 
 from nonlocal_det.data.coco_validation import image_size, validate_coco
 from nonlocal_det.data.dataset_report import compare_splits
 from nonlocal_det.data.issue_types import ISSUE_TYPES
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
+from nonlocal_det.data.masks import decompress_counts, is_rle
 from nonlocal_det.engine.custom_data import flip_map
 
 PROJECT = Path(__file__).parents[1]
@@ -213,15 +217,32 @@ def test_sets_are_compared(custom: Path) -> None:
     assert val.has_errors and "only training has lemon" in str(val)
 
 
-@pytest.mark.parametrize(("orientation", "size"), [(1, (60, 40)), (3, (60, 40)), (6, (40, 60))])
-def test_sizes_are_those_after_exif_rotation(
-    tmp_path: Path, orientation: int, size: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_sizes_are_those_that_detectron2_reads(tmp_path: Path, orientation: int, kind: str) -> None:
+    """The orientation is part of EXIF or of XMP data."""
     image = Image.new("RGB", (60, 40))
     exif = image.getexif()
     exif[0x0112] = orientation
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert image_size(str(tmp_path / "a.jpg")) == size
+    xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
+    for name, data in (("exif", {"exif": exif}), ("xmp", {"xmp": xmp})):
+        if kind in ("jpg", "webp") or name == "exif":
+            image.save(tmp_path / f"{name}.{kind}", **data)
+            height, width, _ = read_image(tmp_path / f"{name}.{kind}", "BGR").shape
+            assert image_size(str(tmp_path / f"{name}.{kind}")) == (width, height)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (40, 90), (700, 900)])
+def test_compressed_counts_are_those_of_coco(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    for share in (0, 0.01, 0.5, 1):
+        mask = np.asfortranarray(rng.random(shape) < share, dtype=np.uint8)
+        text = encode(mask)["counts"].decode()
+        flat = mask.flatten("F")
+        runs = np.diff(np.flatnonzero(np.diff(flat, prepend=1 - flat[0], append=1 - flat[-1])))
+        assert decompress_counts(text) == [*([0] if flat[0] else []), *runs]
+        assert is_rle({"size": list(shape), "counts": text}, None)
+        assert not is_rle({"size": [shape[0], shape[1] + 1], "counts": text}, None)
 
 
 def test_left_and_right_keypoints_are_swapped() -> None:

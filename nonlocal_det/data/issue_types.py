@@ -77,13 +77,17 @@ ISSUE_TYPES = {
     ),
     "same_image_id": IssueType(ERROR, "duplicate image ids", "give each image its own id"),
     "missing_image": IssueType(
-        REMOVED, "images whose file does not exist", "removed with their annotations"
+        REMOVED,
+        "images whose file does not exist",
+        "names count letter by letter, in case and Unicode form; removed with their annotations",
     ),
     "unreadable_image": IssueType(
         REMOVED, "images whose file cannot be read", "removed with their annotations"
     ),
     "other_size": IssueType(
-        REMOVED, "images whose size is not the JSON's", "removed with their annotations"
+        REMOVED,
+        "images whose size is not the JSON's",
+        "the size is that after EXIF rotation; removed with their annotations",
     ),
     "same_file": IssueType(INFO, "images with a duplicate file_name", "both kept"),
     "without_annotations": IssueType(
@@ -111,17 +115,25 @@ ISSUE_TYPES = {
         "boxes without positive width and height",
         "boxes are x, y, width, height, not two corners",
     ),
+    "relative_boxes": IssueType(
+        ERROR, "all boxes are within 0 to 1", "boxes are in pixels, not relative to the image"
+    ),
     "outside": IssueType(REMOVED, "boxes entirely outside their image", "boxes are in pixels"),
     "beyond": IssueType(
         INFO, "boxes that extend more than a pixel beyond their image", "clipped in training"
     ),
     "bad_polygon": IssueType(
         REMOVED,
-        "polygons with fewer than 3 points, an odd number of coordinates, or invalid numbers",
+        "polygons with fewer than 3 points, an odd number of coordinates, invalid or huge numbers",
         "the annotation is removed if it has no other polygon",
     ),
     "bad_rle": IssueType(
-        REMOVED, "masks whose RLE does not have the image's size", "size is [height, width]"
+        REMOVED,
+        "masks whose RLE is not valid or does not have the image's size",
+        "size is [height, width], and the counts add up to its area",
+    ),
+    "unused_mask": IssueType(
+        FIXED, "invalid masks, which the model does not need", "removed from their annotations"
     ),
     "no_mask": IssueType(
         REMOVED, "annotations without segmentation (others have one)", "required to train masks"
@@ -130,6 +142,9 @@ ISSUE_TYPES = {
         REMOVED,
         "keypoints that are not x, y, visibility for each name",
         "removed with the annotation",
+    ),
+    "bad_crowd": IssueType(
+        REMOVED, "annotations whose iscrowd is not 0 or 1", "it is a number, not a text"
     ),
     "no_keypoints": IssueType(FIXED, "annotations without keypoints", "set to not visible"),
     "num_keypoints": IssueType(FIXED, "num_keypoints missing or wrong", "counted again"),

@@ -23,7 +23,7 @@ from typing import Any, Callable, Union
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tool_process import run_tool
 
@@ -61,6 +61,10 @@ def folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("train", "test"):
         monkeypatch.setattr(Trainer, name, lambda *_: pytest.fail("it started", pytrace=False))
     register_lamps(".")
+    for name, kind in (("segmented", "sem_seg"), ("unknown", None)):
+        monkeypatch.setitem(DatasetCatalog.data, name, list)
+        MetadataCatalog.pop(name, None)
+        MetadataCatalog.get(name).set(**({"evaluator_type": kind} if kind else {}))
     return tmp_path / "here"
 
 
@@ -222,6 +226,18 @@ SETTINGS = {
     "dataset that is not there": (
         ["DATASETS.TRAIN", "('coco_2017_train',)"],
         ["coco_2017_train", "DETECTRON2_DATASETS"],
+    ),
+    "a directory of a dataset": (
+        ["DATASETS.TEST", "('voc_2007_test',)"],
+        ["voc_2007_test", "VOC2007", "DETECTRON2_DATASETS"],
+    ),
+    "a dataset for another model": (
+        ["DATASETS.TEST", "('segmented',)"],
+        ["segmented", "sem_seg", "GeneralizedRCNN predicts instances"],
+    ),
+    "a dataset without an evaluator": (
+        ["DATASETS.TEST", "('unknown',)"],
+        ["unknown", "None", "coco_panoptic_seg, sem_seg, pascal_voc, lvis"],
     ),
     "no dataset": (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN"]),
 }

@@ -15,15 +15,18 @@ import copy
 import csv
 import io
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from detectron2.evaluation import coco_evaluation
+from detectron2.structures import Boxes, Instances
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -33,6 +36,7 @@ from nonlocal_det import add_nonlocal_config
 from nonlocal_det.data import LampsParams, write_dataset
 from nonlocal_det.engine import Trainer
 from nonlocal_det.evaluation import ReportingCOCOEvaluator, coco_eval_backend
+from nonlocal_det.evaluation.evaluators import check_evaluator
 from nonlocal_det.evaluation.per_class import per_class_results
 from nonlocal_det.evaluation.precision_recall import precision_recall_figure
 
@@ -358,11 +362,79 @@ def test_curves_show_the_evaluation(count):
     assert len(labels) == {1: 1, 3: 4, 80: 10}[count]
 
 
-def test_trainer_evaluates_by_it(lamps, tmp_path):
+@pytest.fixture()
+def cfg(tmp_path):
     cfg = get_cfg()
     add_nonlocal_config(cfg)
     cfg.OUTPUT_DIR = str(tmp_path)
+    return cfg
+
+
+def test_trainer_evaluates_by_it(lamps, cfg):
     assert isinstance(Trainer.build_evaluator(cfg, "evaluated_lamps"), ReportingCOCOEvaluator)
+
+
+@pytest.fixture()
+def voc(lamps, tmp_path):
+    """The records of that dataset, registered in the format of Pascal VOC."""
+    names = [category["name"] for category in lamps.loadCats(lamps.getCatIds())]
+    for folder in ("Annotations", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    for image in lamps.imgs.values():
+        objects = "".join(_voc_object(one, names) for one in lamps.imgToAnns[image["id"]])
+        size = f"<size><height>{image['height']}</height><width>{image['width']}</width></size>"
+        text = f"<annotation>{size}{objects}</annotation>"
+        (tmp_path / "Annotations" / f"{image['id']}.xml").write_text(text)
+    lines = "\n".join(map(str, lamps.imgs))
+    (tmp_path / "ImageSets" / "Main" / "test.txt").write_text(lines)
+    register_pascal_voc("evaluated_voc", str(tmp_path), "test", 2012, names)
+    MetadataCatalog.get("evaluated_voc").evaluator_type = "pascal_voc"
+    yield DatasetCatalog.get("evaluated_voc")
+    DatasetCatalog.remove("evaluated_voc")
+    MetadataCatalog.remove("evaluated_voc")
+
+
+def _voc_object(annotation, names):
+    x, y, width, height = annotation["bbox"]
+    sides = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
+    box = "".join(f"<{side}>{round(value)}</{side}>" for side, value in sides.items())
+    details = "<pose>none</pose><truncated>0</truncated><difficult>0</difficult>"
+    name = names[annotation["category_id"] - 1]
+    return f"<object><name>{name}</name>{details}<bndbox>{box}</bndbox></object>"
+
+
+def test_trainer_evaluates_pascal_voc(voc, cfg):
+    evaluator = Trainer.build_evaluator(cfg, "evaluated_voc")
+    evaluator.reset()
+    for record in voc:
+        found = record["annotations"]
+        instances = Instances((record["height"], record["width"]))
+        instances.pred_boxes = Boxes([one["bbox"] for one in found])
+        instances.pred_classes = torch.tensor([one["category_id"] for one in found])
+        instances.scores = torch.ones(len(found))
+        evaluator.process([record], [{"instances": instances}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_what_cannot_be_evaluated_is_said_at_once(voc):
+    check_evaluator("evaluated_voc", "RetinaNet")
+    check_evaluator("evaluated_voc", "an architecture of the user's own")
+    with pytest.raises(ValueError, match="evaluated_voc.*by instances.*predicts sem_seg only"):
+        check_evaluator("evaluated_voc", "SemanticSegmentor")
+    with pytest.raises(ValueError, match="coco_2014_typo.*None.*pascal_voc, lvis"):
+        check_evaluator("coco_2014_typo", "GeneralizedRCNN")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "package"),
+    [("lvis_v1_val", "lvis"), ("cityscapes_fine_instance_seg_val", "cityscapesscripts")],
+)
+def test_an_evaluator_s_package_is_asked_for(dataset, package):
+    if find_spec(package):
+        check_evaluator(dataset, "GeneralizedRCNN")
+        return
+    with pytest.raises(ValueError, match=f"(?i){dataset}.*pip install {package}"):
+        check_evaluator(dataset, "GeneralizedRCNN")
 
 
 @pytest.mark.slow

@@ -40,6 +40,12 @@ PROJECT = Path(__file__).parents[1]
 LAMPS = "lamps_mask_rcnn_R18_NL.yaml"
 CUSTOM = ["--train-json", "custom.json", "--train-images", "images"]
 HERE = {"DETECTRON2_DATASETS": "."}
+# Registered datasets, by name, with their metadata.
+DATASETS = {
+    "segmented": {"evaluator_type": "sem_seg"},
+    "unknown": {},
+    "reordered": {"evaluator_type": "coco", "json_file": "reordered.json"},
+}
 KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.MASK_ON", "False"]
 
 
@@ -61,10 +67,10 @@ def folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("train", "test"):
         monkeypatch.setattr(Trainer, name, lambda *_: pytest.fail("it started", pytrace=False))
     register_lamps(".")
-    for name, kind in (("segmented", "sem_seg"), ("unknown", None)):
+    for name, metadata in DATASETS.items():
         monkeypatch.setitem(DatasetCatalog.data, name, list)
         MetadataCatalog.pop(name, None)
-        MetadataCatalog.get(name).set(**({"evaluator_type": kind} if kind else {}))
+        MetadataCatalog.get(name).set(**metadata)
     return tmp_path / "here"
 
 
@@ -86,6 +92,8 @@ def write_files(root: Path) -> None:
         "broken.py": "model = (",
     }.items():
         (root / name).write_text(text)
+    categories = [{"id": i, "name": name} for i, name in enumerate(("violet", "teal", "amber"))]
+    (root / "reordered.json").write_text(json.dumps({"categories": categories}))
     (root / "binary.yaml").write_bytes(bytes(range(256)))
     torch.save({"model": {"conv.weight": torch.ones(3, 3)}}, root / "other.pth")
     torch.save(
@@ -216,7 +224,23 @@ SETTINGS = {
     "architecture": (["MODEL.META_ARCHITECTURE", "MaskRCNN"], ["MaskRCNN"]),
     "a head's name": (["MODEL.ROI_BOX_HEAD.NAME", "BoxHead"], ["BoxHead"]),
     "backbone": (["MODEL.BACKBONE.NAME", "resnet"], ["resnet"]),
-    "classes": (["MODEL.ROI_HEADS.NUM_CLASSES", "-3"], ["num_classes"]),
+    "classes": (["MODEL.ROI_HEADS.NUM_CLASSES", "-3"], ["ROI_HEADS.NUM_CLASSES"]),
+    "fewer classes than the dataset": (
+        ["MODEL.ROI_HEADS.NUM_CLASSES", "2"],
+        ["ROI_HEADS.NUM_CLASSES is 2", "'lamps_train' has 3: amber, teal, violet"],
+    ),
+    "more classes than the test set": (
+        ["--eval-only", "MODEL.ROI_HEADS.NUM_CLASSES", "80"],
+        ["ROI_HEADS.NUM_CLASSES is 80", "'lamps_val' has 3"],
+    ),
+    "classes of RetinaNet": (
+        ["MODEL.META_ARCHITECTURE", "RetinaNet"],
+        ["MODEL.RETINANET.NUM_CLASSES is 80", "'lamps_train' has 3"],
+    ),
+    "classes of a test set in another order": (
+        ["DATASETS.TEST", "('reordered',)"],
+        ["'violet' has index 0", "'reordered'", "2", "amber, teal, violet"],
+    ),
     "anchors": (["MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]*2"], ["SIZES"]),
     "device": (["MODEL.DEVICE", "gpu"], ["'gpu'", "'cpu'"]),
     "device that torch lacks": (["MODEL.DEVICE", "tpu"], ["'tpu'", "'cpu'"]),

@@ -59,13 +59,21 @@ ISSUE_TYPES = {
     ),
     "other_categories": IssueType(
         ERROR,
-        "training and validation set have different categories",
-        "give both the same categories in the same order",
+        "the categories are not those of training",
+        "give all files the same categories",
     ),
     "num_classes": IssueType(
         ERROR,
         "the config's number of classes is not the dataset's",
         "set it to the number of categories",
+    ),
+    "other_order": IssueType(
+        FIXED, "the categories are numbered in another order than in training", "renumbered"
+    ),
+    "only_boxes": IssueType(
+        INFO,
+        "the training set has masks, the validation set none",
+        "only boxes are evaluated",
     ),
     "same_name": IssueType(INFO, "duplicate category names", "kept as separate classes"),
     "unused_category": IssueType(INFO, "categories without an annotation", "kept as classes"),

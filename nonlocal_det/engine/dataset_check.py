@@ -11,6 +11,7 @@ from detectron2.utils.file_io import PathManager
 from ..config import load_config
 from ..data.dataset_report import DatasetReport
 from .custom_data import custom_files, validate_files
+from .trained_classes import read_trained_classes
 
 
 def run_dataset_check(args: Namespace) -> bool:
@@ -28,7 +29,9 @@ def run_dataset_check(args: Namespace) -> bool:
     """
     cfg = load_config(args.config_file, args.opts)
     custom = custom_files(args)
-    reports = validate_files(cfg, custom or _registered_files(cfg))
+    files = custom or _registered_files(cfg)
+    trained = read_trained_classes(cfg, eval_only=args.eval_only, resume=args.resume)
+    reports = validate_files(cfg, files, trained, renumber=bool(custom))
     if not custom:
         for report in reports.values():
             _check_num_classes(cfg, report)

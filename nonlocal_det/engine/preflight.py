@@ -22,6 +22,7 @@ from ..utils.validation import check_positive_int
 from .custom_data import TRAIN, VAL
 from .model_check import build_on_meta_device, check_device, check_weights
 from .train_loop import resolve_amp_dtype
+from .trained_classes import check_all_classes
 from .trainer import Trainer
 
 # Names of the datasets that --train-json and --val-json give; "own_*" in configs of older runs.
@@ -60,6 +61,7 @@ def preflight_check(
             check_dataset_registered(name)
     for name in cfg.DATASETS.TEST:
         check_evaluator(name, cfg.MODEL.META_ARCHITECTURE)
+    check_all_classes(cfg, eval_only=eval_only, resume=resume)
     check_device(device)
     if not eval_only:
         _check_solver(cfg, world_size, device)

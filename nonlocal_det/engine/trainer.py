@@ -29,6 +29,7 @@ from ..utils.validation import check_choice
 from .hooks import ResumeHook, TrainingErrorHook
 from .launch import SkipEvalOnErrorMixin, wrap_ddp
 from .train_loop import GradAccumTrainer, resolve_amp_dtype
+from .trained_classes import CLASSES, TrainedClasses
 
 # The hooks that run after the one that saves checkpoints.
 _AFTER_CHECKPOINT = (hooks.EvalHook, hooks.PeriodicWriter, AttentionHook)
@@ -54,7 +55,12 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
         )
         self._trainer = self.build_inner_trainer(cfg, model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = AtomicCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            trainer=weakref.proxy(self),
+            **{CLASSES: TrainedClasses(cfg.DATASETS.TRAIN)},
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())

@@ -202,6 +202,13 @@ SETTINGS = {
     "mechanism": (["MODEL.NONLOCAL.MECHANISM", "local"], ["local", "global_context"]),
     "pairwise": (["MODEL.NONLOCAL.PAIRWISE", "cosine"], ["cosine", "embedded_gaussian"]),
     "norm": (["MODEL.NONLOCAL.NORM", "FrozenBN"], ["FrozenBN", "'BN'"]),
+    "batch norm of a single vector": (
+        [
+            *("MODEL.NONLOCAL.MECHANISM", "global_context", "MODEL.NONLOCAL.NORM", "BN"),
+            *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.ACCUMULATION_STEPS", "2"),
+        ],
+        ["one vector per image", "MODEL.NONLOCAL.NORM", "'GN'", "res4.nl0"],
+    ),
     "unknown norm": (["MODEL.NONLOCAL.NORM", "IN"], ["'IN'", "'BN'"]),
     "reduction": (["MODEL.NONLOCAL.REDUCTION", "0"], ["REDUCTION", "0"]),
     "reduction beyond": (["MODEL.NONLOCAL.REDUCTION", "4096"], ["REDUCTION", "4096"]),

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from ..errors import summarize_error
 from ..evaluation.evaluators import check_evaluator
+from ..modeling.block_factory import check_batch_norms
 from ..modeling.supported_positions import check_positions
 from ..utils.file_io import ensure_writable_dir
 from ..utils.validation import check_positive_int
@@ -66,6 +67,10 @@ def preflight_check(
     if not eval_only:
         _check_solver(cfg, world_size, device)
     model = build_on_meta_device(cfg)
+    if not eval_only:
+        images = Trainer.auto_scale_workers(cfg, world_size).SOLVER.IMS_PER_BATCH
+        micro_batch = images // (world_size * cfg.SOLVER.ACCUMULATION_STEPS)
+        check_batch_norms(model, micro_batch, world_size)
     _check_schedule(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         _check_augmentation(cfg, model)

@@ -44,6 +44,7 @@ HERE = {"DETECTRON2_DATASETS": "."}
 DATASETS = {
     "segmented": {"evaluator_type": "sem_seg"},
     "unknown": {},
+    "boxes": {"evaluator_type": "pascal_voc"},
     "reordered": {"evaluator_type": "coco", "json_file": "reordered.json"},
 }
 KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.MASK_ON", "False"]
@@ -248,6 +249,18 @@ SETTINGS = {
         ["DATASETS.TEST", "('reordered',)"],
         ["'violet' has index 0", "'reordered'", "2", "amber, teal, violet"],
     ),
+    "a dataset without masks": (
+        ["DATASETS.TRAIN", "('boxes',)"],
+        ["MODEL.MASK_ON is True", "'boxes'", "only boxes"],
+    ),
+    "a dataset without keypoints": (
+        [*KEYPOINTS, "DATASETS.TEST", "()"],
+        ["MODEL.KEYPOINT_ON", "'lamps_train'", "keypoint_names and keypoint_flip_map"],
+    ),
+    "sigmas of other keypoints": (
+        ["--eval-only", *KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "5"],
+        ["TEST.KEYPOINT_OKS_SIGMAS has 17", "NUM_KEYPOINTS is 5"],
+    ),
     "anchors": (["MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]*2"], ["SIZES"]),
     "device": (["MODEL.DEVICE", "gpu"], ["'gpu'", "'cpu'"]),
     "device that torch lacks": (["MODEL.DEVICE", "tpu"], ["'tpu'", "'cpu'"]),
@@ -316,7 +329,7 @@ TRAIN = {
     "an unknown flag": (["--train-jsn", "custom.json"], ["--train-jsn"]),
     "a flag without its value": (train("--num-gpus"), ["--num-gpus", "OUTPUT_DIR"]),
     "augmented keypoints": (
-        train("TEST.AUG.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"),
+        train("--eval-only", "TEST.AUG.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"),
         ["TEST.AUG.ENABLED", "MODEL.KEYPOINT_ON", "boxes and masks"],
     ),
     "custom datasets of an earlier run": (
@@ -408,6 +421,11 @@ ERRORS: dict[str, tuple[Damage, str, str]] = {
         '{"images": {}, "annotations": [], "categories": []}',
         "not_a_dataset",
         "images",
+    ),
+    "only crowds": (
+        lambda c: [annotation.update(iscrowd=1) for annotation in c["annotations"]],
+        "no_objects",
+        "iscrowd 0",
     ),
     "no image": (lambda c: c["images"].clear(), "no_images", ""),
     "no annotation": (lambda c: c["annotations"].clear(), "no_annotations", ""),
@@ -593,6 +611,9 @@ def test_keypoints_must_be_named_and_of_one_length(folder: Path) -> None:
     ]
     found = {issue.type: issue.count for issue in report.issues}
     assert found["bad_keypoints"] == 1 and found["no_keypoints"] == 1
+    damage_custom(lambda c: [a.update(keypoints=[0] * 6) for a in c["annotations"]])
+    with pytest.raises(ValueError, match="has errors"):
+        load_custom_datasets(load_config(args.config_file, args.opts), args)
     damage_custom(lambda content: content["categories"][0].update(keypoints=["nose"]))
     with pytest.raises(ValueError, match="has errors"):
         load_custom_datasets(load_config(args.config_file, args.opts), args)

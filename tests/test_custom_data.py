@@ -28,7 +28,7 @@ from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_da
 from nonlocal_det.data.masks import decompress_counts, is_rle
 from nonlocal_det.engine import nonlocal_argument_parser
 from nonlocal_det.engine.custom_data import CustomDatasets, flip_map, load_custom_datasets
-from nonlocal_det.engine.trained_classes import CLASSES
+from nonlocal_det.engine.trained_classes import CLASSES, check_all_classes
 
 PROJECT = Path(__file__).parents[1]
 LAMPS = PROJECT / "configs" / "lamps_mask_rcnn_R18_NL.yaml"
@@ -220,6 +220,20 @@ def test_everything_wrong_is_reported_at_once(custom: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_names_can_be_printed(encoding: str, custom: Path) -> None:
+    """Half of a pair of surrogates is valid in JSON."""
+
+    def rename(content: dict) -> None:
+        content["categories"][0]["name"] = "\u8def\ud800"
+        content["images"][0]["file_name"] = "\u706f\ud800.png"
+
+    edit(custom / "train.json", rename)
+    arguments = ("--check-data", "--config-file", LAMPS, *files(custom, "train"))
+    done = run_tool("train_net", *arguments, env={"PYTHONIOENCODING": encoding})
+    assert done.stdout.count("\\ud800") >= 2
+
+
 def test_an_invalid_polygon_leaves_the_others(custom: Path) -> None:
     def damage(content: dict) -> None:
         content["annotations"][0]["segmentation"].append([1, 2, 3, 4])
@@ -273,6 +287,16 @@ def test_resuming_and_evaluating_keep_the_classes(custom: Path, capsys) -> None:
         assert "only the checkpoint has pear" in capsys.readouterr().out
         assert sorted(custom.rglob("*")) == before
     assert loaded(*files(custom), "OUTPUT_DIR", custom).sources  # a new run has its own
+
+
+def test_resuming_on_another_registered_dataset_is_refused(custom: Path) -> None:
+    checkpoint(custom, thing_classes=["lemon", "sea", "plum"])
+    (custom / "last_checkpoint").write_text("model.pth")
+    cfg = load_config(str(LAMPS), ["OUTPUT_DIR", str(custom)])
+    check_all_classes(cfg, eval_only=False, resume=False)
+    check_all_classes(cfg, eval_only=True, resume=True)  # of other names, but as many
+    with pytest.raises(ValueError, match="train on lemon, sea, plum, but.*'lamps_train' has amber"):
+        check_all_classes(cfg, eval_only=False, resume=True)
 
 
 def test_keypoints_of_another_order_are_an_error(custom: Path) -> None:

@@ -208,6 +208,11 @@ def _check_coverage(report: DatasetReport) -> None:
     if not dataset["annotations"]:
         report.add("no_annotations", [""])
         return
+    objects = [a for a in dataset["annotations"] if not a["iscrowd"]]
+    if not objects:
+        report.add("no_objects", [""])
+    elif report.keypoints and not any(a["num_keypoints"] for a in objects):
+        report.add("no_visible_keypoints", [""])
     used = {a["category_id"] for a in dataset["annotations"]}
     annotated = {a["image_id"] for a in dataset["annotations"]}
     unused = [category["name"] for category in dataset["categories"] if category["id"] not in used]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +107,13 @@ class DatasetReport:
         head = f"{self.json_file} with {self.image_root}: {counts}, {len(names)} classes"
         ordered = sorted(self.issues, key=lambda issue: SEVERITIES.index(issue.severity))
         return "\n".join([head + (f" ({shown})" if names else ""), *map(str, ordered)])
+
+
+def print_reports(reports: Iterable[DatasetReport]) -> None:
+    """Print reports; characters that the terminal cannot show are escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = "\n".join(map(str, reports))
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def compare_splits(train: DatasetReport, val: DatasetReport, *, renumber: bool = True) -> None:

@@ -40,6 +40,14 @@ ISSUE_TYPES = {
     "no_folder": IssueType(ERROR, "the image directory does not exist", "pass the right directory"),
     "no_images": IssueType(ERROR, "no image is usable", "fix the removed entries"),
     "no_annotations": IssueType(ERROR, "no annotation is usable", "fix the removed entries"),
+    "no_objects": IssueType(
+        ERROR, "all annotations are crowds", "annotate single objects, with iscrowd 0"
+    ),
+    "no_visible_keypoints": IssueType(
+        ERROR,
+        "the model predicts keypoints, but none is annotated as visible",
+        "the third number of each is 0 for not labeled, 1 for hidden or 2 for visible",
+    ),
     "no_categories": IssueType(ERROR, "there are no categories", "list the classes in categories"),
     # Categories.
     "bad_category": IssueType(

@@ -17,7 +17,7 @@ from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 from detectron2.utils import comm
 
 from ..data.coco_validation import validate_coco
-from ..data.dataset_report import DatasetReport, compare_splits, match_classes
+from ..data.dataset_report import DatasetReport, compare_splits, match_classes, print_reports
 from ..utils.file_io import atomic_write
 from .launch import on_first_local_process
 from .trained_classes import read_trained_classes
@@ -126,7 +126,7 @@ def load_custom_datasets(cfg: CfgNode, args: Namespace) -> CustomDatasets:
         trained = read_trained_classes(cfg, eval_only=args.eval_only, resume=args.resume)
         reports.update(validate_files(cfg, used, trained))
         if any(report.has_errors for report in reports.values()):
-            print("\n".join(map(str, reports.values())), flush=True)
+            print_reports(reports.values())
             raise ValueError("The dataset has errors; fix the lines marked 'error' above.")
         sources = {name: _source(name, report, cfg) for name, report in reports.items()}
         return sources, cfg_overrides_from_dataset(cfg, next(iter(reports.values())))

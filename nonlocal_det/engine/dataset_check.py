@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
-from ..data.dataset_report import DatasetReport
+from ..data.dataset_report import DatasetReport, print_reports
 from .custom_data import custom_files, validate_files
 from .trained_classes import read_trained_classes
 
@@ -35,7 +35,7 @@ def run_dataset_check(args: Namespace) -> bool:
     if not custom:
         for report in reports.values():
             _check_num_classes(cfg, report)
-    print("\n".join(map(str, reports.values())))
+    print_reports(reports.values())
     usable = not any(report.has_errors for report in reports.values())
     print("The data can be used." if usable else "The data cannot be used.")
     return usable

@@ -20,6 +20,7 @@ from ..modeling.block_factory import check_batch_norms
 from ..modeling.supported_positions import check_positions
 from ..utils.file_io import ensure_writable_dir
 from ..utils.validation import check_positive_int
+from .annotation_check import check_annotations
 from .custom_data import TRAIN, VAL
 from .model_check import build_on_meta_device, check_device, check_weights
 from .train_loop import resolve_amp_dtype
@@ -63,6 +64,7 @@ def preflight_check(
     for name in cfg.DATASETS.TEST:
         check_evaluator(name, cfg.MODEL.META_ARCHITECTURE)
     check_all_classes(cfg, eval_only=eval_only, resume=resume)
+    check_annotations(cfg, eval_only=eval_only)
     check_device(device)
     if not eval_only:
         _check_solver(cfg, world_size, device)

@@ -92,6 +92,8 @@ def check_all_classes(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
                     f"{len(names[kind])}: {_excerpt(names[kind])}."
                 )
             _check_order(dataset_name, names[kind], trained.get(kind, []))
+        if resume and not eval_only:
+            _check_same(dataset_name, names, trained)
         if not (trained or eval_only):
             trained = names
 
@@ -134,6 +136,18 @@ def _check_order(dataset_name: str, names: list[str], trained: list[str]) -> Non
                 f"{name!r} has index {index} among the classes or keypoints of dataset "
                 f"{dataset_name!r}, but {trained.index(name)} among those that the model is "
                 f"trained on: {_excerpt(trained)}."
+            )
+
+
+def _check_same(
+    dataset_name: str, names: dict[str, list[str]], trained: dict[str, list[str]]
+) -> None:
+    for kind, known in trained.items():
+        if names[kind] and names[kind] != known:
+            raise ValueError(
+                f"--resume continues to train on {_excerpt(known)}, but dataset {dataset_name!r} "
+                f"has {_excerpt(names[kind])}; train on it in a run of its own, in another "
+                f"OUTPUT_DIR."
             )
 
 

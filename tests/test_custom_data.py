@@ -385,7 +385,7 @@ def test_compressed_counts_are_those_of_coco(shape: tuple[int, int]) -> None:
         text = encode(mask)["counts"].decode()
         flat = mask.flatten("F")
         runs = np.diff(np.flatnonzero(np.diff(flat, prepend=1 - flat[0], append=1 - flat[-1])))
-        assert decompress_counts(text) == [*([0] if flat[0] else []), *runs]
+        assert decompress_counts(text).tolist() == [*([0] if flat[0] else []), *runs]
         assert is_rle({"size": list(shape), "counts": text}, None)
         assert not is_rle({"size": [shape[0], shape[1] + 1], "counts": text}, None)
 

@@ -43,13 +43,14 @@ def is_rle(mask: Any, image: Optional[Entry]) -> bool:
     if image is not None and list(size) != [image["height"], image["width"]]:
         return False
     if isinstance(counts, str):
-        counts = decompress_counts(counts)
+        runs = decompress_counts(counts)
+        return bool(runs.size and runs.min() >= 0 and runs.sum() == size[0] * size[1])
     if not isinstance(counts, list) or not all(type(c) is int and c >= 0 for c in counts):
         return False
     return sum(counts) == size[0] * size[1]
 
 
-def decompress_counts(text: str) -> Optional[list[int]]:
+def decompress_counts(text: str) -> np.ndarray:
     """Decode the compressed counts of an RLE.
 
     Each character holds 5 bits of a number, least significant first, and a sixth that says whether
@@ -59,19 +60,22 @@ def decompress_counts(text: str) -> Optional[list[int]]:
         text: COCO's compressed string.
 
     Returns:
-        The counts; None if the string is no sequence of such numbers.
+        The counts; none if the string is no sequence of such numbers.
     """
-    digits = np.array([ord(character) for character in text], dtype=np.int64) - 48
+    none = np.zeros(0, dtype=np.int64)
+    digits = (
+        np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64) - 48
+    )
     if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
-        return None
+        return none
     ends = np.flatnonzero(digits & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
+    lengths = np.diff(ends, prepend=-1)
+    starts = ends - lengths + 1
     if lengths.max() > 10:  # beyond 50 bits, and any image
-        return None
+        return none
     shifts = 5 * (np.arange(digits.size) - np.repeat(starts, lengths))
     counts = np.add.reduceat((digits & 31) << shifts, starts)
     counts -= ((digits[ends] & 16) >> 4) << (5 * lengths)  # the highest bit is the sign
     counts[1::2] = np.cumsum(counts[1::2])
     counts[2::2] = np.cumsum(counts[2::2])
-    return counts.tolist()
+    return counts

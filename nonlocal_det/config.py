@@ -49,8 +49,10 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # Divide the softmax logits by sqrt(inner channels), as in the official Caffe2 code.
     node.SCALE = False
     # Norm after the output convolution: "BN", "SyncBN", "naiveSyncBN", "GN", or "" for none. With
-    # "" the output convolution itself starts at zero, which suits few images per GPU.
-    node.NORM = "BN"
+    # "" the output convolution itself starts at zero, which suits few images per GPU. "auto" is
+    # each mechanism's own: none for global_context, of which a norm sees one vector per image, and
+    # "BN" for the others.
+    node.NORM = "auto"
     # Initialization of the embeddings: "kaiming", as in the paper, or "normal" (standard deviation
     # 0.01), as in the official Caffe2 code.
     node.INIT = "kaiming"

@@ -23,7 +23,7 @@ from typing import Any, Callable, Union
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tool_process import run_tool
 
@@ -40,6 +40,13 @@ PROJECT = Path(__file__).parents[1]
 LAMPS = "lamps_mask_rcnn_R18_NL.yaml"
 CUSTOM = ["--train-json", "custom.json", "--train-images", "images"]
 HERE = {"DETECTRON2_DATASETS": "."}
+# Registered datasets, by name, with their metadata.
+DATASETS = {
+    "segmented": {"evaluator_type": "sem_seg"},
+    "unknown": {},
+    "boxes": {"evaluator_type": "pascal_voc"},
+    "reordered": {"evaluator_type": "coco", "json_file": "reordered.json"},
+}
 KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.MASK_ON", "False"]
 
 
@@ -61,6 +68,10 @@ def folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("train", "test"):
         monkeypatch.setattr(Trainer, name, lambda *_: pytest.fail("it started", pytrace=False))
     register_lamps(".")
+    for name, metadata in DATASETS.items():
+        monkeypatch.setitem(DatasetCatalog.data, name, list)
+        MetadataCatalog.pop(name, None)
+        MetadataCatalog.get(name).set(**metadata)
     return tmp_path / "here"
 
 
@@ -82,6 +93,8 @@ def write_files(root: Path) -> None:
         "broken.py": "model = (",
     }.items():
         (root / name).write_text(text)
+    categories = [{"id": i, "name": name} for i, name in enumerate(("violet", "teal", "amber"))]
+    (root / "reordered.json").write_text(json.dumps({"categories": categories}))
     (root / "binary.yaml").write_bytes(bytes(range(256)))
     torch.save({"model": {"conv.weight": torch.ones(3, 3)}}, root / "other.pth")
     torch.save(
@@ -190,6 +203,13 @@ SETTINGS = {
     "mechanism": (["MODEL.NONLOCAL.MECHANISM", "local"], ["local", "global_context"]),
     "pairwise": (["MODEL.NONLOCAL.PAIRWISE", "cosine"], ["cosine", "embedded_gaussian"]),
     "norm": (["MODEL.NONLOCAL.NORM", "FrozenBN"], ["FrozenBN", "'BN'"]),
+    "batch norm of a single vector": (
+        [
+            *("MODEL.NONLOCAL.MECHANISM", "global_context", "MODEL.NONLOCAL.NORM", "BN"),
+            *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.ACCUMULATION_STEPS", "2"),
+        ],
+        ["one vector per image", "MODEL.NONLOCAL.NORM", "'GN'", "res4.nl0"],
+    ),
     "unknown norm": (["MODEL.NONLOCAL.NORM", "IN"], ["'IN'", "'BN'"]),
     "reduction": (["MODEL.NONLOCAL.REDUCTION", "0"], ["REDUCTION", "0"]),
     "reduction beyond": (["MODEL.NONLOCAL.REDUCTION", "4096"], ["REDUCTION", "4096"]),
@@ -212,7 +232,35 @@ SETTINGS = {
     "architecture": (["MODEL.META_ARCHITECTURE", "MaskRCNN"], ["MaskRCNN"]),
     "a head's name": (["MODEL.ROI_BOX_HEAD.NAME", "BoxHead"], ["BoxHead"]),
     "backbone": (["MODEL.BACKBONE.NAME", "resnet"], ["resnet"]),
-    "classes": (["MODEL.ROI_HEADS.NUM_CLASSES", "-3"], ["num_classes"]),
+    "classes": (["MODEL.ROI_HEADS.NUM_CLASSES", "-3"], ["ROI_HEADS.NUM_CLASSES"]),
+    "fewer classes than the dataset": (
+        ["MODEL.ROI_HEADS.NUM_CLASSES", "2"],
+        ["ROI_HEADS.NUM_CLASSES is 2", "'lamps_train' has 3: amber, teal, violet"],
+    ),
+    "more classes than the test set": (
+        ["--eval-only", "MODEL.ROI_HEADS.NUM_CLASSES", "80"],
+        ["ROI_HEADS.NUM_CLASSES is 80", "'lamps_val' has 3"],
+    ),
+    "classes of RetinaNet": (
+        ["MODEL.META_ARCHITECTURE", "RetinaNet"],
+        ["MODEL.RETINANET.NUM_CLASSES is 80", "'lamps_train' has 3"],
+    ),
+    "classes of a test set in another order": (
+        ["DATASETS.TEST", "('reordered',)"],
+        ["'violet' has index 0", "'reordered'", "2", "amber, teal, violet"],
+    ),
+    "a dataset without masks": (
+        ["DATASETS.TRAIN", "('boxes',)"],
+        ["MODEL.MASK_ON is True", "'boxes'", "only boxes"],
+    ),
+    "a dataset without keypoints": (
+        [*KEYPOINTS, "DATASETS.TEST", "()"],
+        ["MODEL.KEYPOINT_ON", "'lamps_train'", "keypoint_names and keypoint_flip_map"],
+    ),
+    "sigmas of other keypoints": (
+        ["--eval-only", *KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "5"],
+        ["TEST.KEYPOINT_OKS_SIGMAS has 17", "NUM_KEYPOINTS is 5"],
+    ),
     "anchors": (["MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]*2"], ["SIZES"]),
     "device": (["MODEL.DEVICE", "gpu"], ["'gpu'", "'cpu'"]),
     "device that torch lacks": (["MODEL.DEVICE", "tpu"], ["'tpu'", "'cpu'"]),
@@ -222,6 +270,18 @@ SETTINGS = {
     "dataset that is not there": (
         ["DATASETS.TRAIN", "('coco_2017_train',)"],
         ["coco_2017_train", "DETECTRON2_DATASETS"],
+    ),
+    "a directory of a dataset": (
+        ["DATASETS.TEST", "('voc_2007_test',)"],
+        ["voc_2007_test", "VOC2007", "DETECTRON2_DATASETS"],
+    ),
+    "a dataset for another model": (
+        ["DATASETS.TEST", "('segmented',)"],
+        ["segmented", "sem_seg", "GeneralizedRCNN predicts instances"],
+    ),
+    "a dataset without an evaluator": (
+        ["DATASETS.TEST", "('unknown',)"],
+        ["unknown", "None", "coco_panoptic_seg, sem_seg, pascal_voc, lvis"],
     ),
     "no dataset": (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN"]),
 }
@@ -269,7 +329,7 @@ TRAIN = {
     "an unknown flag": (["--train-jsn", "custom.json"], ["--train-jsn"]),
     "a flag without its value": (train("--num-gpus"), ["--num-gpus", "OUTPUT_DIR"]),
     "augmented keypoints": (
-        train("TEST.AUG.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"),
+        train("--eval-only", "TEST.AUG.ENABLED", "True", "MODEL.KEYPOINT_ON", "True"),
         ["TEST.AUG.ENABLED", "MODEL.KEYPOINT_ON", "boxes and masks"],
     ),
     "custom datasets of an earlier run": (
@@ -318,6 +378,17 @@ def change(entry: dict[str, Any], changes: dict[str, Any]) -> None:
             del entry[key]
 
 
+def rle(counts: Any) -> Callable[[dict[str, Any]], None]:
+    """Give the first annotation an RLE with these counts, or a function's of the image's area."""
+
+    def damage(content: dict[str, Any]) -> None:
+        size = [content["images"][0][side] for side in ("height", "width")]
+        given = counts(size[0] * size[1]) if callable(counts) else counts
+        content["annotations"][0]["segmentation"] = {"size": size, "counts": given}
+
+    return damage
+
+
 def image_bytes(data: Union[bytes, int]) -> Callable[[dict[str, Any]], None]:
     """Overwrite the first image, or keep its first so many bytes."""
 
@@ -351,6 +422,11 @@ ERRORS: dict[str, tuple[Damage, str, str]] = {
         "not_a_dataset",
         "images",
     ),
+    "only crowds": (
+        lambda c: [annotation.update(iscrowd=1) for annotation in c["annotations"]],
+        "no_objects",
+        "iscrowd 0",
+    ),
     "no image": (lambda c: c["images"].clear(), "no_images", ""),
     "no annotation": (lambda c: c["annotations"].clear(), "no_annotations", ""),
     "no category": (lambda c: c["categories"].clear(), "no_categories", ""),
@@ -372,6 +448,11 @@ ERRORS: dict[str, tuple[Damage, str, str]] = {
     "a category id twice": (twice("categories"), "same_category_id", "1"),
     "an image id twice": (twice("images"), "same_image_id", "1"),
     "an annotation id twice": (twice("annotations"), "same_annotation_id", "1"),
+    "boxes in shares of the image": (
+        lambda c: [a.update(bbox=[0.4, 0.5, 0.2, 1]) for a in c["annotations"]],
+        "relative_boxes",
+        "[0.4, 0.5, 0.2, 1]",
+    ),
     "a category not declared": (first(category_id=9), "undeclared_category", "category 9"),
 }
 REMOVALS: dict[str, tuple[Damage, str, str]] = {
@@ -412,6 +493,20 @@ REMOVALS: dict[str, tuple[Damage, str, str]] = {
         "bad_rle",
         "annotation 1",
     ),
+    "an RLE that is no code": (rle("abc"), "bad_rle", "annotation 1"),
+    "an RLE in another alphabet": (rle("\u00e9"), "bad_rle", "annotation 1"),
+    "an RLE without an end": (rle("o" * 20), "bad_rle", "annotation 1"),
+    "an empty RLE": (rle(""), "bad_rle", "annotation 1"),
+    "an RLE with a negative count": (rle(lambda area: [-5, area + 5]), "bad_rle", "annotation 1"),
+    "an RLE with half a count": (rle(lambda area: [0.5, area - 0.5]), "bad_rle", "annotation 1"),
+    "an RLE of too few counts": (rle(lambda area: [area - 1]), "bad_rle", "annotation 1"),
+    "a huge polygon": (
+        first(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]),
+        "bad_polygon",
+        "annotation 1",
+    ),
+    "iscrowd as text": (first(iscrowd="1"), "bad_crowd", '"1" of annotation 1'),
+    "iscrowd of 2": (first(iscrowd=2), "bad_crowd", "2 of annotation 1"),
     "an RLE without counts": (first(segmentation={"size": [2, 3]}), "bad_rle", "annotation 1"),
 }
 
@@ -475,6 +570,23 @@ def test_unusable_entries_are_removed(name: str, folder: Path) -> None:
     assert after == before
 
 
+@pytest.mark.parametrize(
+    "mask", [{"size": [2, 3], "counts": [-1, 7]}, [1, 2, 3, 4, 5, 6], "mask", [[1, 2, 3]]], ids=str
+)
+def test_masks_that_are_not_needed_do_not_end_a_run(mask: Any, folder: Path) -> None:
+    damage_custom(first(segmentation=mask))
+    arguments = train(*CUSTOM, "OUTPUT_DIR", "output", "MODEL.MASK_ON", "False")
+    args = nonlocal_argument_parser().parse_args(arguments)
+    cfg = load_config(args.config_file, args.opts)
+    datasets = load_custom_datasets(cfg, args)
+    issues = {issue.type: issue.count for issue in datasets.reports["custom_train"].issues}
+    assert issues["unused_mask"] == 1
+    datasets.apply_to(cfg)
+    datasets.write_and_log(cfg)
+    used = sum(len(record["annotations"]) for record in DatasetCatalog.get("custom_train"))
+    assert used == len(json.loads(Path("custom.json").read_text())["annotations"])
+
+
 def test_keypoints_must_be_named_and_of_one_length(folder: Path) -> None:
     def parse() -> argparse.Namespace:
         return nonlocal_argument_parser().parse_args(
@@ -499,6 +611,9 @@ def test_keypoints_must_be_named_and_of_one_length(folder: Path) -> None:
     ]
     found = {issue.type: issue.count for issue in report.issues}
     assert found["bad_keypoints"] == 1 and found["no_keypoints"] == 1
+    damage_custom(lambda c: [a.update(keypoints=[0] * 6) for a in c["annotations"]])
+    with pytest.raises(ValueError, match="has errors"):
+        load_custom_datasets(load_config(args.config_file, args.opts), args)
     damage_custom(lambda content: content["categories"][0].update(keypoints=["nose"]))
     with pytest.raises(ValueError, match="has errors"):
         load_custom_datasets(load_config(args.config_file, args.opts), args)

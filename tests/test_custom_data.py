@@ -10,16 +10,25 @@ import re
 import subprocess
 from pathlib import Path
 
+import detectron2.utils.comm as comm
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from detectron2.data.detection_utils import read_image
 from PIL import Image
-from tool_process import run_tool
+from pycocotools.mask import encode
+from tool_process import run_tool, servers, wait
 
+from nonlocal_det.config import load_config
 from nonlocal_det.data.coco_validation import image_size, validate_coco
 from nonlocal_det.data.dataset_report import compare_splits
 from nonlocal_det.data.issue_types import ISSUE_TYPES
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
-from nonlocal_det.engine.custom_data import flip_map
+from nonlocal_det.data.masks import decompress_counts, is_rle
+from nonlocal_det.engine import nonlocal_argument_parser
+from nonlocal_det.engine.custom_data import CustomDatasets, flip_map, load_custom_datasets
+from nonlocal_det.engine.trained_classes import CLASSES, check_all_classes
 
 PROJECT = Path(__file__).parents[1]
 LAMPS = PROJECT / "configs" / "lamps_mask_rcnn_R18_NL.yaml"
@@ -107,7 +116,9 @@ def test_training_and_evaluating_on_custom_datasets(custom: Path) -> None:
     assert {a["id"] for a in given["annotations"]} - {a["id"] for a in used["annotations"]} == lost
     assert len(used["images"]) == 5 and "Loaded 5 images" in done.stdout
     # Three classes, by ascending id.
-    weights = torch.load(output / "model_final.pth", weights_only=True)["model"]
+    saved = torch.load(output / "model_final.pth", weights_only=True)
+    assert saved["classes"] == {"thing_classes": ["lemon", "sea", "plum"]}
+    weights = saved["model"]
     assert weights["roi_heads.box_predictor.cls_score.weight"].shape[0] == 3 + 1
     rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     assert {"bbox/AP-lemon", "bbox/AP-sea", "bbox/AP-plum", "segm/AP"} <= rows[-1].keys()
@@ -118,6 +129,26 @@ def test_training_and_evaluating_on_custom_datasets(custom: Path) -> None:
     train_net("--config-file", LAMPS, "--eval-only", *files(custom, "val"), *SMALL, *again)
     name = Path("inference") / "coco_instances_results.json"
     assert json.loads((custom / "again" / name).read_text()) == results
+
+    # The same categories by other numbers, then others: the checkpoint knows those of training.
+    edit(custom / "val.json", reverse_order)
+    again = (*again[:-1], custom / "reversed")
+    done = train_net("--config-file", LAMPS, "--eval-only", *files(custom, "val"), *SMALL, *again)
+    assert "numbered in another order" in done.stdout
+    for table in ("custom_val_bbox_per_class.csv", "custom_val_segm_per_class.csv"):
+        found, before = (
+            (custom / run / "inference" / table).read_text() for run in ("reversed", "again")
+        )
+        assert found == before
+
+
+def reverse_order(content: dict) -> None:
+    """Number the same categories in another order."""
+    ids = dict(zip(NAMES, reversed(NAMES)))
+    for category in content["categories"]:
+        category["id"] = ids[category["id"]]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = ids[annotation["category_id"]]
 
 
 @pytest.mark.slow
@@ -189,6 +220,20 @@ def test_everything_wrong_is_reported_at_once(custom: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_names_can_be_printed(encoding: str, custom: Path) -> None:
+    """Half of a pair of surrogates is valid in JSON."""
+
+    def rename(content: dict) -> None:
+        content["categories"][0]["name"] = "\u8def\ud800"
+        content["images"][0]["file_name"] = "\u706f\ud800.png"
+
+    edit(custom / "train.json", rename)
+    arguments = ("--check-data", "--config-file", LAMPS, *files(custom, "train"))
+    done = run_tool("train_net", *arguments, env={"PYTHONIOENCODING": encoding})
+    assert done.stdout.count("\\ud800") >= 2
+
+
 def test_an_invalid_polygon_leaves_the_others(custom: Path) -> None:
     def damage(content: dict) -> None:
         content["annotations"][0]["segmentation"].append([1, 2, 3, 4])
@@ -197,6 +242,110 @@ def test_an_invalid_polygon_leaves_the_others(custom: Path) -> None:
     report = validate_coco(str(custom / "train.json"), str(custom / "train"))
     assert issues_of(report)["bad_polygon"] == 1
     assert [len(report.dataset["annotations"][0]["segmentation"]), report.is_modified] == [1, True]
+
+
+def class_names(content: dict) -> list[str]:
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    return [names[annotation["category_id"]] for annotation in content["annotations"]]
+
+
+def checkpoint(folder: Path, **classes: list[str]) -> Path:
+    path = folder / "model.pth"
+    torch.save({"model": {}, CLASSES: classes}, path)
+    return path
+
+
+def loaded(*arguments: object) -> CustomDatasets:
+    given = ["--config-file", str(LAMPS), *map(str, arguments)]
+    args = nonlocal_argument_parser().parse_args(given)
+    return load_custom_datasets(load_config(args.config_file, args.opts), args)
+
+
+def test_categories_in_another_order_are_renumbered(custom: Path) -> None:
+    edit(custom / "val.json", reverse_order)
+    given = json.loads((custom / "val.json").read_text())
+    weights = checkpoint(custom, thing_classes=["lemon", "sea", "plum"])
+    of_run = loaded(*files(custom)).reports["custom_val"]
+    evaluated = loaded(*files(custom, "val"), "--eval-only", "MODEL.WEIGHTS", weights)
+    for report in (of_run, evaluated.reports["custom_val"]):
+        assert report.classes == ["lemon", "sea", "plum"] and report.is_modified
+        assert {category["id"] for category in report.dataset["categories"]} == set(NAMES)
+        assert class_names(report.dataset) == class_names(given)
+    assert evaluated.sources["custom_val"].metadata["thing_classes"] == report.classes
+    unknown = loaded(*files(custom, "val"), "--eval-only", "MODEL.WEIGHTS", "elsewhere.pth")
+    assert unknown.reports["custom_val"].classes == ["plum", "sea", "lemon"]
+
+
+def test_resuming_and_evaluating_keep_the_classes(custom: Path, capsys) -> None:
+    weights = checkpoint(custom, thing_classes=["lemon", "sea", "pear"])
+    (custom / "last_checkpoint").write_text(weights.name)
+    resumed = (*files(custom), "--resume", "OUTPUT_DIR", custom)
+    for run in (resumed, (*files(custom), "--eval-only", "MODEL.WEIGHTS", weights)):
+        before = sorted(custom.rglob("*"))
+        with pytest.raises(ValueError, match="The dataset has errors"):
+            loaded(*run)
+        assert "only the checkpoint has pear" in capsys.readouterr().out
+        assert sorted(custom.rglob("*")) == before
+    assert loaded(*files(custom), "OUTPUT_DIR", custom).sources  # a new run has its own
+
+
+def test_resuming_on_another_registered_dataset_is_refused(custom: Path) -> None:
+    checkpoint(custom, thing_classes=["lemon", "sea", "plum"])
+    (custom / "last_checkpoint").write_text("model.pth")
+    cfg = load_config(str(LAMPS), ["OUTPUT_DIR", str(custom)])
+    check_all_classes(cfg, eval_only=False, resume=False)
+    check_all_classes(cfg, eval_only=True, resume=True)  # of other names, but as many
+    with pytest.raises(ValueError, match="train on lemon, sea, plum, but.*'lamps_train' has amber"):
+        check_all_classes(cfg, eval_only=False, resume=True)
+
+
+def test_keypoints_of_another_order_are_an_error(custom: Path) -> None:
+    edit(custom / "val.json", five_keypoints)
+    names = ["nose", "right_ear", "left_ear", "left_hip", "right_hip"]
+    weights = checkpoint(custom, thing_classes=["shape"], keypoint_names=names)
+    with pytest.raises(ValueError, match="The dataset has errors"):
+        keypoints = ("MODEL.WEIGHTS", weights, "MODEL.KEYPOINT_ON", "True")
+        loaded(*files(custom, "val"), "--eval-only", *keypoints)
+
+
+def test_a_validation_set_without_masks_is_said_to_be_evaluated_for_boxes(custom: Path) -> None:
+    edit(custom / "val.json", lambda c: [a.pop("segmentation") for a in c["annotations"]])
+    datasets = loaded(*files(custom))
+    assert issues_of(datasets.reports["custom_val"])["only_boxes"] == 1
+    assert "MODEL.MASK_ON" not in datasets.overrides
+
+
+def validate_in(rank: int, folder: Path, runs: list[list[str]]) -> None:
+    """Load the datasets of runs in one of two processes of a machine, and note what comes of it."""
+    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+    comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups(2)
+    noted: list[object] = []
+    for arguments in runs:
+        try:
+            datasets = loaded(*arguments)
+            noted.append([list(datasets.reports), list(datasets.sources), datasets.overrides])
+        except ValueError as error:
+            noted.append(str(error))
+    (folder / f"rank{rank}.json").write_text(json.dumps(noted))
+
+
+@pytest.mark.slow
+def test_one_process_of_a_machine_validates_for_all(custom: Path, tmp_path: Path) -> None:
+    damaged = custom / "damaged.json"
+    damaged.write_text("{}")
+    runs = [files(custom), ["--train-json", damaged]]
+    processes = [servers.Process(target=validate_in, args=(k, tmp_path, runs)) for k in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        wait(process)
+    (first, error), (second, same) = (
+        json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)
+    )
+    names = ["custom_train", "custom_val"]
+    overrides = {"MODEL.ROI_HEADS.NUM_CLASSES": 3, "MODEL.RETINANET.NUM_CLASSES": 3}
+    assert first == [names, names, overrides] and second == [[], names, overrides]
+    assert "dataset has errors" in error and same == error
 
 
 def test_sets_are_compared(custom: Path) -> None:
@@ -210,18 +359,35 @@ def test_sets_are_compared(custom: Path) -> None:
     edit(custom / "val.json", lambda content: content["categories"].pop())
     val = validate_coco(str(custom / "val.json"), str(custom / "val"))
     compare_splits(train, val)
-    assert val.has_errors and "only training has lemon" in str(val)
+    assert val.has_errors and "only the training set has lemon" in str(val)
 
 
-@pytest.mark.parametrize(("orientation", "size"), [(1, (60, 40)), (3, (60, 40)), (6, (40, 60))])
-def test_sizes_are_those_after_exif_rotation(
-    tmp_path: Path, orientation: int, size: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_sizes_are_those_that_detectron2_reads(tmp_path: Path, orientation: int, kind: str) -> None:
+    """The orientation is part of EXIF or of XMP data."""
     image = Image.new("RGB", (60, 40))
     exif = image.getexif()
     exif[0x0112] = orientation
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert image_size(str(tmp_path / "a.jpg")) == size
+    xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
+    for name, data in (("exif", {"exif": exif}), ("xmp", {"xmp": xmp})):
+        if kind in ("jpg", "webp") or name == "exif":
+            image.save(tmp_path / f"{name}.{kind}", **data)
+            height, width, _ = read_image(tmp_path / f"{name}.{kind}", "BGR").shape
+            assert image_size(str(tmp_path / f"{name}.{kind}")) == (width, height)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (40, 90), (700, 900)])
+def test_compressed_counts_are_those_of_coco(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    for share in (0, 0.01, 0.5, 1):
+        mask = np.asfortranarray(rng.random(shape) < share, dtype=np.uint8)
+        text = encode(mask)["counts"].decode()
+        flat = mask.flatten("F")
+        runs = np.diff(np.flatnonzero(np.diff(flat, prepend=1 - flat[0], append=1 - flat[-1])))
+        assert decompress_counts(text).tolist() == [*([0] if flat[0] else []), *runs]
+        assert is_rle({"size": list(shape), "counts": text}, None)
+        assert not is_rle({"size": [shape[0], shape[1] + 1], "counts": text}, None)
 
 
 def test_left_and_right_keypoints_are_swapped() -> None:

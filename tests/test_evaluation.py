@@ -15,15 +15,18 @@ import copy
 import csv
 import io
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from detectron2.evaluation import coco_evaluation
+from detectron2.structures import Boxes, Instances
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -33,6 +36,7 @@ from nonlocal_det import add_nonlocal_config
 from nonlocal_det.data import LampsParams, write_dataset
 from nonlocal_det.engine import Trainer
 from nonlocal_det.evaluation import ReportingCOCOEvaluator, coco_eval_backend
+from nonlocal_det.evaluation.evaluators import check_evaluator
 from nonlocal_det.evaluation.per_class import per_class_results
 from nonlocal_det.evaluation.precision_recall import precision_recall_figure
 
@@ -170,6 +174,117 @@ def test_the_evaluator_is_quick_and_gives_detectron2s_results(lamps, tmp_path):
         assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+IDS = {
+    "as they are": {},
+    "negative": {"annotation": lambda k: -k},
+    "0, and beyond 2^53": {
+        "annotation": lambda k: k - 1,
+        "image": lambda k: k + 1537218342345678901,
+    },
+    "beyond 2^64": {"annotation": lambda k: k + 2**70, "category": lambda k: k - 2**60},
+}
+
+
+@pytest.fixture()
+def register(lamps, tmp_path):
+    """A function that registers a copy of the dataset with a slash in its name."""
+    names = []
+
+    def add(change):
+        content = copy.deepcopy(lamps.dataset)
+        change(content)
+        file = tmp_path / "changed.json"
+        file.write_text(json.dumps(content))
+        names.append(f"other/{len(names)}")
+        register_coco_instances(names[-1], {}, str(file), "")
+        return names[-1], DatasetCatalog.get(names[-1])
+
+    yield add
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def metrics_of_found(name, records, folder=None):
+    """The evaluator's metrics if a model finds all objects but every fifth, with their masks."""
+    evaluator = ReportingCOCOEvaluator(name, distributed=False, output_dir=folder)
+    evaluator.reset()
+    for record in records:
+        found = [one for k, one in enumerate(record["annotations"]) if (record["place"] + k) % 5]
+        instances = [
+            {
+                **{"image_id": record["image_id"], "category_id": one["category_id"]},
+                **{"bbox": one["bbox"], "score": 0.9, "segmentation": one["mask"]},
+            }
+            for one in found
+        ]
+        evaluator._predictions.append({"image_id": record["image_id"], "instances": instances})
+    return quietly(evaluator.evaluate)
+
+
+def with_masks(records, truth):
+    """Records with the masks of the objects, whatever a changed file says of them."""
+    for place, (record, objects) in enumerate(zip(records, truth.imgToAnns.values())):
+        record["place"] = place
+        for one, annotation in zip(record["annotations"], objects):
+            mask = truth.annToRLE(annotation)
+            one["mask"] = {**mask, "counts": mask["counts"].decode()}
+    return records
+
+
+def test_any_ids_give_the_same_metrics(lamps, register):
+    """The implementations have limits: 0, negative numbers, integers that no float is."""
+    results = {}
+    for case, ids in IDS.items():
+
+        def change(content, ids=ids):
+            for part, keys in (
+                ("images", {"id": "image"}),
+                ("categories", {"id": "category"}),
+                (
+                    "annotations",
+                    {"id": "annotation", "image_id": "image", "category_id": "category"},
+                ),
+            ):
+                for one in content[part]:
+                    for key, kind in keys.items():
+                        one[key] = ids.get(kind, int)(one[key])
+
+        name, records = register(change)
+        results[case] = metrics_of_found(name, with_masks(records, lamps))
+    plain = results.pop("as they are")
+    assert 60 < plain["bbox"]["AP"] < 95 and 60 < plain["segm"]["AP"] < 95
+    for case, result in results.items():
+        for task in ("bbox", "segm"):
+            assert result[task] == pytest.approx(plain[task], abs=1e-9, nan_ok=True), case
+
+
+@pytest.mark.parametrize("count", (1, None), ids=("an annotation", "all annotations"))
+def test_masks_are_evaluated_if_all_are_annotated(count, lamps, register):
+    name, records = register(
+        lambda content: [one.pop("segmentation") for one in content["annotations"][:count]]
+    )
+    result = metrics_of_found(name, with_masks(records, lamps))
+    assert result.keys() == {"bbox"} and result["bbox"]["AP"] > 60
+
+
+@pytest.mark.parametrize("blocked", (False, True), ids=("drawn", "not to be drawn"))
+def test_no_name_and_no_figure_ends_an_evaluation(blocked, lamps, register, tmp_path):
+    def change(content):
+        for category, name in zip(content["categories"], ("$5 or 5$", "a$\\frac$", "_c")):
+            category["name"] = name
+
+    name, records = register(change)
+    figure = tmp_path / "other_0_bbox_precision_recall.png"
+    if blocked:
+        figure.mkdir()
+    result = metrics_of_found(name, with_masks(records, lamps), str(tmp_path))
+    assert result["bbox"]["AP"] > 60
+    assert figure.is_file() != blocked
+    rows = rows_of(tmp_path / "other_0_bbox_per_class.csv")
+    assert [row["class"] for row in rows] == ["$5 or 5$", "a$\\frac$", "_c"]
+
+
 def test_without_the_fast_package_pycocotools_measures(lamps, tmp_path, monkeypatch):
     monkeypatch.setattr(coco_eval_backend, "COCOeval_faster", None)
     kinds = evaluated(lamps, made_detections(lamps, "segm"), tmp_path)[1]
@@ -247,11 +362,79 @@ def test_curves_show_the_evaluation(count):
     assert len(labels) == {1: 1, 3: 4, 80: 10}[count]
 
 
-def test_trainer_evaluates_by_it(lamps, tmp_path):
+@pytest.fixture()
+def cfg(tmp_path):
     cfg = get_cfg()
     add_nonlocal_config(cfg)
     cfg.OUTPUT_DIR = str(tmp_path)
+    return cfg
+
+
+def test_trainer_evaluates_by_it(lamps, cfg):
     assert isinstance(Trainer.build_evaluator(cfg, "evaluated_lamps"), ReportingCOCOEvaluator)
+
+
+@pytest.fixture()
+def voc(lamps, tmp_path):
+    """The records of that dataset, registered in the format of Pascal VOC."""
+    names = [category["name"] for category in lamps.loadCats(lamps.getCatIds())]
+    for folder in ("Annotations", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    for image in lamps.imgs.values():
+        objects = "".join(_voc_object(one, names) for one in lamps.imgToAnns[image["id"]])
+        size = f"<size><height>{image['height']}</height><width>{image['width']}</width></size>"
+        text = f"<annotation>{size}{objects}</annotation>"
+        (tmp_path / "Annotations" / f"{image['id']}.xml").write_text(text)
+    lines = "\n".join(map(str, lamps.imgs))
+    (tmp_path / "ImageSets" / "Main" / "test.txt").write_text(lines)
+    register_pascal_voc("evaluated_voc", str(tmp_path), "test", 2012, names)
+    MetadataCatalog.get("evaluated_voc").evaluator_type = "pascal_voc"
+    yield DatasetCatalog.get("evaluated_voc")
+    DatasetCatalog.remove("evaluated_voc")
+    MetadataCatalog.remove("evaluated_voc")
+
+
+def _voc_object(annotation, names):
+    x, y, width, height = annotation["bbox"]
+    sides = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
+    box = "".join(f"<{side}>{round(value)}</{side}>" for side, value in sides.items())
+    details = "<pose>none</pose><truncated>0</truncated><difficult>0</difficult>"
+    name = names[annotation["category_id"] - 1]
+    return f"<object><name>{name}</name>{details}<bndbox>{box}</bndbox></object>"
+
+
+def test_trainer_evaluates_pascal_voc(voc, cfg):
+    evaluator = Trainer.build_evaluator(cfg, "evaluated_voc")
+    evaluator.reset()
+    for record in voc:
+        found = record["annotations"]
+        instances = Instances((record["height"], record["width"]))
+        instances.pred_boxes = Boxes([one["bbox"] for one in found])
+        instances.pred_classes = torch.tensor([one["category_id"] for one in found])
+        instances.scores = torch.ones(len(found))
+        evaluator.process([record], [{"instances": instances}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_what_cannot_be_evaluated_is_said_at_once(voc):
+    check_evaluator("evaluated_voc", "RetinaNet")
+    check_evaluator("evaluated_voc", "an architecture of the user's own")
+    with pytest.raises(ValueError, match="evaluated_voc.*by instances.*predicts sem_seg only"):
+        check_evaluator("evaluated_voc", "SemanticSegmentor")
+    with pytest.raises(ValueError, match="coco_2014_typo.*None.*pascal_voc, lvis"):
+        check_evaluator("coco_2014_typo", "GeneralizedRCNN")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "package"),
+    [("lvis_v1_val", "lvis"), ("cityscapes_fine_instance_seg_val", "cityscapesscripts")],
+)
+def test_an_evaluator_s_package_is_asked_for(dataset, package):
+    if find_spec(package):
+        check_evaluator(dataset, "GeneralizedRCNN")
+        return
+    with pytest.raises(ValueError, match=f"(?i){dataset}.*pip install {package}"):
+        check_evaluator(dataset, "GeneralizedRCNN")
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ from tiny_models import (
 
 from nonlocal_det import PositionError
 from nonlocal_det.checkpoint.detection_checkpoint import NonLocalCheckpointer
+from nonlocal_det.modeling.block_factory import check_batch_norms
 from nonlocal_det.modeling.supported_positions import check_positions
 
 pytestmark = pytest.mark.numeric
@@ -510,3 +511,32 @@ def test_a_backbone_leaves_with_its_blocks(way, backbone):
         left = LEAVES[way](backbone, inputs[0])
         for image in inputs:
             assert_same(left(image), backbone(image))
+
+
+def test_by_default_a_global_context_block_trains_on_one_image():
+    """Batch norm would see one vector; the other mechanisms have the paper's."""
+    cfg = renamed(zoo_config(MASK_RCNN), OURS)
+    cfg.MODEL.NONLOCAL.POSITIONS = ("res4[0] MECHANISM=global_context", "p3")
+    model = build_model(cfg)
+    shared, pairwise = blocks_of(model).values()
+    assert isinstance(shared.norm, torch.nn.Identity) and not shared.out.weight.any()
+    assert isinstance(pairwise.norm, torch.nn.BatchNorm2d)
+    assert all(loss.isfinite() for loss in losses(model, images(cfg, (64, 64))).values())
+
+
+@pytest.mark.parametrize(
+    ("norm", "num_images", "world_size", "works"),
+    [
+        *(("BN", 1, 1, False), ("BN", 1, 2, False), ("BN", 2, 1, True), ("GN", 1, 1, True)),
+        *(("naiveSyncBN", 1, 1, False), ("naiveSyncBN", 1, 2, True), ("SyncBN", 1, 1, False)),
+    ],
+)
+def test_a_norm_of_a_single_vector_is_refused(norm, num_images, world_size, works):
+    cfg = renamed(zoo_config(MASK_RCNN, ["MODEL.NONLOCAL.NORM", norm]), OURS)
+    cfg.MODEL.NONLOCAL.POSITIONS = ("res4[0] MECHANISM=global_context", "p3")
+    model = build_model(cfg)
+    if works:
+        check_batch_norms(model, num_images, world_size)
+    else:
+        with pytest.raises(ValueError, match="res4.nl0 sees one vector per image"):
+            check_batch_norms(model, num_images, world_size)

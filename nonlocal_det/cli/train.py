@@ -13,7 +13,7 @@ from detectron2.evaluation import verify_results
 
 from ..checkpoint.atomic_checkpoint import AtomicCheckpointer
 from ..engine.dataset_check import run_dataset_check
-from ..engine.defaults import load_and_check_cfg, nonlocal_argument_parser, setup
+from ..engine.defaults import device_of, load_and_check_cfg, nonlocal_argument_parser, setup
 from ..engine.launch import launch
 from ..engine.trainer import Trainer
 from ..errors import TrainingError, exit_on_error
@@ -40,7 +40,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.check_data:
         with exit_on_error():
             return 0 if run_dataset_check(args) else 1
-    launch(run, args, lambda: load_and_check_cfg(args).device)
+    launch(run, args, lambda: device_of(args), lambda: load_and_check_cfg(args))
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from .coco_entries import Entry, excerpt, has_integers, is_finite_list, label
 from .dataset_report import DatasetReport
+from .masks import is_polygon, is_rle
 
 
 def find_unusable(
@@ -33,10 +34,9 @@ def find_unusable(
     Returns:
         ``id(annotation)`` of each unusable annotation.
     """
-    checks: list[Callable[..., list[Entry]]] = [_check_references, _check_boxes]
-    has_masks = any(isinstance(a, dict) and a.get("segmentation") for a in content["annotations"])
-    if masks and has_masks:
-        checks.append(_check_masks)
+    checks: list[Callable[..., list[Entry]]] = [_check_references, _check_crowds, _check_boxes]
+    if any(isinstance(a, dict) and a.get("segmentation") for a in content["annotations"]):
+        checks.append(_check_masks if masks else _drop_invalid_masks)
     if report.keypoints:
         checks.append(_check_keypoints)
     return {
@@ -66,6 +66,17 @@ def _check_references(
     return [*ignored, *(a for a in annotations if a["image_id"] not in images)]
 
 
+def _check_crowds(report: DatasetReport, annotations: list[Entry], *_: Any) -> list[Entry]:
+    """Check "iscrowd", and set it to 0 where it is missing."""
+    without = [a for a in annotations if a.get("iscrowd") is None]
+    for annotation in without:
+        annotation["iscrowd"] = 0
+    report.add("no_crowd", without, label)
+    invalid = [a for a in annotations if a["iscrowd"] not in (0, 1)]
+    report.add("bad_crowd", invalid, lambda a: f"{excerpt(a['iscrowd'])} of {label(a)}")
+    return invalid
+
+
 def _check_boxes(
     report: DatasetReport,
     annotations: list[Entry],
@@ -81,7 +92,14 @@ def _check_boxes(
             by_type[issue_type].append(annotation)
     for issue_type, entries in by_type.items():
         report.add(issue_type, entries, lambda a: f"{excerpt(a.get('bbox'))} of {label(a)}")
+    if annotations and all(_is_relative(annotation.get("bbox")) for annotation in annotations):
+        report.add("relative_boxes", annotations, lambda a: f"{excerpt(a['bbox'])} of {label(a)}")
     return [*by_type["bad_box"], *by_type["empty_box"], *by_type["outside"]]
+
+
+def _is_relative(box: Any) -> bool:
+    """Whether a box is not in pixels but in shares of the image, from 0 to 1."""
+    return is_finite_list(box) and len(box) == 4 and min(box) >= 0 and 0 < max(box) <= 1
 
 
 def _box_issue(box: Any, image: Optional[Entry]) -> Optional[str]:
@@ -109,17 +127,17 @@ def _check_masks(
     """Check segmentations, and remove invalid polygons from them."""
     missing, polygon, rle, empty = [], [], [], []
     for annotation in annotations:
-        mask = annotation.get("segmentation")
+        mask, image = annotation.get("segmentation"), images.get(annotation["image_id"])
         if not mask:
             missing.append(annotation)
         elif isinstance(mask, list):
-            valid = [p for p in mask if is_finite_list(p) and len(p) >= 6 and len(p) % 2 == 0]
+            valid = [one for one in mask if is_polygon(one, image)]
             if len(valid) < len(mask):
                 polygon.append(annotation)
                 annotation["segmentation"] = valid
                 if not valid:
                     empty.append(annotation)
-        elif not _is_rle(mask, images.get(annotation["image_id"])):
+        elif not is_rle(mask, image):
             rle.append(annotation)
     report.add("no_mask", missing, label)
     report.add("bad_polygon", polygon, label)
@@ -127,18 +145,22 @@ def _check_masks(
     return [*missing, *empty, *rle]
 
 
-def _is_rle(mask: Any, image: Optional[Entry]) -> bool:
-    """Whether a mask is a run-length encoding of the image's size, as far as that is known."""
-    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), (str, list)):
-        return False
-    size, counts = mask.get("size"), mask["counts"]
-    if not is_finite_list(size) or len(size) != 2:
-        return False
-    if isinstance(counts, list) and not (
-        is_finite_list(counts) and sum(counts) == size[0] * size[1]
-    ):
-        return False
-    return image is None or list(size) == [image["height"], image["width"]]
+def _drop_invalid_masks(
+    report: DatasetReport,
+    annotations: list[Entry],
+    images: dict[int, Entry],
+    content: dict[str, Any],
+) -> list[Entry]:
+    """Remove segmentations that detectron2 cannot read, for a model that does not need them."""
+    invalid = []
+    for annotation in annotations:
+        mask, image = annotation.get("segmentation"), images.get(annotation["image_id"])
+        polygons = isinstance(mask, list) and all(is_polygon(one, image) for one in mask)
+        if mask and not polygons and not is_rle(mask, image):
+            invalid.append(annotation)
+            annotation["segmentation"] = []
+    report.add("unused_mask", invalid, label)
+    return []
 
 
 def _check_keypoints(

@@ -27,6 +27,9 @@ from .coco_entries import (
 )
 from .dataset_report import DatasetReport
 
+# Where Pillow finds an orientation. Others are not asked: PNG would be decoded for the answer.
+_ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp"}
+
 
 def validate_coco(
     json_file: str, image_root: str, *, masks: bool = True, keypoints: bool = False
@@ -157,15 +160,16 @@ def _image_sizes(paths: list[str]) -> list[Optional[tuple[int, int]]]:
 
 
 def image_size(path: str) -> Optional[tuple[int, int]]:
-    """Read the size of an image from its header, after its EXIF rotation.
+    """Read the size of an image from its header, after the rotation that its EXIF data ask for.
 
     Returns:
         (width, height) in pixels; None if there is no such file, (0, 0) if it cannot be read.
     """
     try:
         with Image.open(path) as image:
-            # detectron2 applies the EXIF orientation too; 5 to 8 swap width and height.
-            turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
+            # detectron2 applies the orientation of EXIF or XMP too; 5 to 8 swap width and height.
+            oriented = image.format == "TIFF" or not _ORIENTED.isdisjoint(image.info)
+            turned = oriented and image.getexif().get(0x0112, 1) >= 5
             return (image.height, image.width) if turned else image.size
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -180,7 +184,6 @@ def _check_ids(report: DatasetReport, annotations: list[Any]) -> list[Entry]:
         kept = set(map(id, valid))
         report.add("bad_annotation", [a for a in annotations if id(a) not in kept], excerpt)
     report.add("same_annotation_id", duplicates(a["id"] for a in valid))
-    report.add("id_zero", [a["id"] for a in valid if a["id"] == 0])
     return valid
 
 
@@ -190,14 +193,10 @@ def _keep_usable(
     """Return the usable annotations of the images, with the values that COCO evaluation needs."""
     listed = {image["id"] for image in images}
     kept = [a for a in annotations if id(a) not in unusable and a["image_id"] in listed]
-    without_area = [a for a in kept if not is_finite_list([a.get("area")])]
+    without_area = [a for a in kept if not is_finite_list([a.get("area")]) or a["area"] < 0]
     for annotation in without_area:
         annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-    without_crowd = [a for a in kept if a.get("iscrowd") not in (0, 1)]
-    for annotation in without_crowd:
-        annotation["iscrowd"] = 0
     report.add("no_area", without_area, label)
-    report.add("no_crowd", without_crowd, label)
     return kept
 
 
@@ -209,6 +208,11 @@ def _check_coverage(report: DatasetReport) -> None:
     if not dataset["annotations"]:
         report.add("no_annotations", [""])
         return
+    objects = [a for a in dataset["annotations"] if not a["iscrowd"]]
+    if not objects:
+        report.add("no_objects", [""])
+    elif report.keypoints and not any(a["num_keypoints"] for a in objects):
+        report.add("no_visible_keypoints", [""])
     used = {a["category_id"] for a in dataset["annotations"]}
     annotated = {a["image_id"] for a in dataset["annotations"]}
     unused = [category["name"] for category in dataset["categories"] if category["id"] not in used]

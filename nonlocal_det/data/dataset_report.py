@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,28 +109,74 @@ class DatasetReport:
         return "\n".join([head + (f" ({shown})" if names else ""), *map(str, ordered)])
 
 
-def compare_splits(train: DatasetReport, val: DatasetReport) -> None:
+def print_reports(reports: Iterable[DatasetReport]) -> None:
+    """Print reports; characters that the terminal cannot show are escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = "\n".join(map(str, reports))
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def compare_splits(train: DatasetReport, val: DatasetReport, *, renumber: bool = True) -> None:
     """Add issues between training and validation set to the report on the validation set.
 
     Args:
         train: Report on the training set.
         val: Report on the validation set, which is changed.
+        renumber: Whether categories in another order are renumbered.
     """
-    if train.classes and val.classes and train.classes != val.classes:
-        val.add("other_categories", [_difference(train.classes, val.classes)])
-    if train.keypoints and val.keypoints and train.keypoints != val.keypoints:
-        val.add("other_categories", ["keypoints: " + _difference(train.keypoints, val.keypoints)])
+    match_classes(val, train.classes, train.keypoints, "training set", renumber=renumber)
+    if _has_masks(train) and val.dataset["annotations"] and not _has_masks(val):
+        val.add("only_boxes", [""])
     in_train = {_absolute_path(train, image) for image in train.dataset["images"]}
     shared = [image for image in val.dataset["images"] if _absolute_path(val, image) in in_train]
     val.add("shared_image", shared, lambda image: image["file_name"])
 
 
-def _difference(train: list[str], val: list[str]) -> str:
-    for names, others, split in ((train, val, "training"), (val, train, "validation")):
+def match_classes(
+    report: DatasetReport, classes: list[str], keypoints: list[str], source: str, *, renumber: bool
+) -> None:
+    """Number the categories of a dataset as others are, or add an issue if they are not the same.
+
+    Args:
+        report: Report on the dataset, which is changed.
+        classes: Names of the other classes, in order; empty if unknown.
+        keypoints: Names of the other keypoints, in order; empty if unknown.
+        source: What has them, such as "training set".
+        renumber: Whether categories in another order are renumbered.
+    """
+    if classes and report.classes and classes != report.classes:
+        same = sorted(classes) == sorted(report.classes) and len(set(classes)) == len(classes)
+        if same and renumber:
+            _renumber(report, classes)
+            report.add("other_order", report.classes, max_examples=5)
+        else:
+            report.add("other_categories", [_difference(classes, report.classes, source)])
+    if keypoints and report.keypoints and keypoints != report.keypoints:
+        difference = _difference(keypoints, report.keypoints, source)
+        report.add("other_categories", [f"keypoints: {difference}"])
+
+
+def _renumber(report: DatasetReport, classes: list[str]) -> None:
+    """Exchange the ids of the categories, so that ascending ids give the classes in this order."""
+    ids = sorted(category["id"] for category in report.dataset["categories"])
+    new_ids = {c["id"]: ids[classes.index(c["name"])] for c in report.dataset["categories"]}
+    for category in report.dataset["categories"]:
+        category["id"] = new_ids[category["id"]]
+    for annotation in report.dataset["annotations"]:
+        old = annotation["category_id"]
+        annotation["category_id"] = new_ids.get(old, old)  # one may be undeclared, an error
+
+
+def _difference(theirs: list[str], ours: list[str], source: str) -> str:
+    for names, others, owner in ((theirs, ours, source), (ours, theirs, "file")):
         only = [name for name in names if name not in others]
         if only:
-            return f"only {split} has {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
-    return f"the order is {', '.join(train[:5])} and {', '.join(val[:5])}"
+            return f"only the {owner} has {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
+    return f"the order is {', '.join(theirs[:5])} in the {source}, {', '.join(ours[:5])} here"
+
+
+def _has_masks(report: DatasetReport) -> bool:
+    return any(annotation.get("segmentation") for annotation in report.dataset["annotations"])
 
 
 def _absolute_path(report: DatasetReport, image: dict[str, Any]) -> str:

@@ -40,6 +40,14 @@ ISSUE_TYPES = {
     "no_folder": IssueType(ERROR, "the image directory does not exist", "pass the right directory"),
     "no_images": IssueType(ERROR, "no image is usable", "fix the removed entries"),
     "no_annotations": IssueType(ERROR, "no annotation is usable", "fix the removed entries"),
+    "no_objects": IssueType(
+        ERROR, "all annotations are crowds", "annotate single objects, with iscrowd 0"
+    ),
+    "no_visible_keypoints": IssueType(
+        ERROR,
+        "the model predicts keypoints, but none is annotated as visible",
+        "the third number of each is 0 for not labeled, 1 for hidden or 2 for visible",
+    ),
     "no_categories": IssueType(ERROR, "there are no categories", "list the classes in categories"),
     # Categories.
     "bad_category": IssueType(
@@ -59,13 +67,21 @@ ISSUE_TYPES = {
     ),
     "other_categories": IssueType(
         ERROR,
-        "training and validation set have different categories",
-        "give both the same categories in the same order",
+        "the categories are not those of training",
+        "give all files the same categories",
     ),
     "num_classes": IssueType(
         ERROR,
         "the config's number of classes is not the dataset's",
         "set it to the number of categories",
+    ),
+    "other_order": IssueType(
+        FIXED, "the categories are numbered in another order than in training", "renumbered"
+    ),
+    "only_boxes": IssueType(
+        INFO,
+        "the training set has masks, the validation set none",
+        "only boxes are evaluated",
     ),
     "same_name": IssueType(INFO, "duplicate category names", "kept as separate classes"),
     "unused_category": IssueType(INFO, "categories without an annotation", "kept as classes"),
@@ -77,13 +93,17 @@ ISSUE_TYPES = {
     ),
     "same_image_id": IssueType(ERROR, "duplicate image ids", "give each image its own id"),
     "missing_image": IssueType(
-        REMOVED, "images whose file does not exist", "removed with their annotations"
+        REMOVED,
+        "images whose file does not exist",
+        "names count letter by letter, in case and Unicode form; removed with their annotations",
     ),
     "unreadable_image": IssueType(
         REMOVED, "images whose file cannot be read", "removed with their annotations"
     ),
     "other_size": IssueType(
-        REMOVED, "images whose size is not the JSON's", "removed with their annotations"
+        REMOVED,
+        "images whose size is not the JSON's",
+        "the size is that after EXIF rotation; removed with their annotations",
     ),
     "same_file": IssueType(INFO, "images with a duplicate file_name", "both kept"),
     "without_annotations": IssueType(
@@ -111,17 +131,25 @@ ISSUE_TYPES = {
         "boxes without positive width and height",
         "boxes are x, y, width, height, not two corners",
     ),
+    "relative_boxes": IssueType(
+        ERROR, "all boxes are within 0 to 1", "boxes are in pixels, not relative to the image"
+    ),
     "outside": IssueType(REMOVED, "boxes entirely outside their image", "boxes are in pixels"),
     "beyond": IssueType(
         INFO, "boxes that extend more than a pixel beyond their image", "clipped in training"
     ),
     "bad_polygon": IssueType(
         REMOVED,
-        "polygons with fewer than 3 points, an odd number of coordinates, or invalid numbers",
+        "polygons with fewer than 3 points, an odd number of coordinates, invalid or huge numbers",
         "the annotation is removed if it has no other polygon",
     ),
     "bad_rle": IssueType(
-        REMOVED, "masks whose RLE does not have the image's size", "size is [height, width]"
+        REMOVED,
+        "masks whose RLE is not valid or does not have the image's size",
+        "size is [height, width], and the counts add up to its area",
+    ),
+    "unused_mask": IssueType(
+        FIXED, "invalid masks, which the model does not need", "removed from their annotations"
     ),
     "no_mask": IssueType(
         REMOVED, "annotations without segmentation (others have one)", "required to train masks"
@@ -131,11 +159,11 @@ ISSUE_TYPES = {
         "keypoints that are not x, y, visibility for each name",
         "removed with the annotation",
     ),
+    "bad_crowd": IssueType(
+        REMOVED, "annotations whose iscrowd is not 0 or 1", "it is a number, not a text"
+    ),
     "no_keypoints": IssueType(FIXED, "annotations without keypoints", "set to not visible"),
     "num_keypoints": IssueType(FIXED, "num_keypoints missing or wrong", "counted again"),
     "no_area": IssueType(FIXED, "annotations without area", "set to the box's area"),
     "no_crowd": IssueType(FIXED, "annotations without iscrowd", "set to 0"),
-    "id_zero": IssueType(
-        INFO, "annotations with id 0", "COCO evaluation counts it as not detected: start at 1"
-    ),
 }

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -16,8 +17,10 @@ from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 from detectron2.utils import comm
 
 from ..data.coco_validation import validate_coco
-from ..data.dataset_report import DatasetReport, compare_splits
+from ..data.dataset_report import DatasetReport, compare_splits, match_classes, print_reports
 from ..utils.file_io import atomic_write
+from .launch import on_first_local_process
+from .trained_classes import read_trained_classes
 
 # Names under which the datasets of the command line are registered.
 TRAIN, VAL = "custom_train", "custom_val"
@@ -37,15 +40,27 @@ def add_dataset_options(parser: ArgumentParser) -> None:
         )
 
 
+class _Source(NamedTuple):
+    """What a dataset is registered with: the arguments of `register_coco_instances`."""
+
+    metadata: dict[str, Any]
+    json_file: str
+    image_root: str
+
+
 @dataclass(frozen=True)
 class CustomDatasets:
     """The datasets given on the command line; possibly none.
 
     Attributes:
-        reports: Report on each dataset, by the name under which it is registered.
+        sources: What each dataset is registered with, by name.
+        overrides: Config values that the datasets determine, by key.
+        reports: Report on each dataset by name; only in the first process of each machine.
     """
 
-    reports: dict[str, DatasetReport]
+    sources: dict[str, _Source] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    reports: dict[str, DatasetReport] = field(default_factory=dict)
 
     def apply_to(self, cfg: CfgNode) -> None:
         """Register the datasets, and set the config to train on and evaluate them.
@@ -53,13 +68,15 @@ class CustomDatasets:
         Args:
             cfg: Config to change: its datasets, and what the model must predict for them.
         """
-        if not self.reports:
+        if not self.sources:
             return
-        for name, report in self.reports.items():
-            _register(name, report, cfg.OUTPUT_DIR)
-        cfg.DATASETS.TRAIN = tuple(name for name in self.reports if name == TRAIN)
-        cfg.DATASETS.TEST = tuple(name for name in self.reports if name == VAL)
-        for key, value in self._overrides(cfg).items():
+        for name, source in self.sources.items():
+            DatasetCatalog.pop(name, None)
+            MetadataCatalog.pop(name, None)
+            register_coco_instances(name, *source)
+        cfg.DATASETS.TRAIN = tuple(name for name in self.sources if name == TRAIN)
+        cfg.DATASETS.TEST = tuple(name for name in self.sources if name == VAL)
+        for key, value in self.overrides.items():
             cfg.merge_from_list([key, value])
 
     def write_and_log(self, cfg: CfgNode) -> None:
@@ -72,22 +89,21 @@ class CustomDatasets:
         for name, report in self.reports.items():
             logger.info(str(report))
             if report.is_modified:
-                path = _modified_file(name, cfg.OUTPUT_DIR)
-                _write(report, path)
+                path = self.sources[name].json_file
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with atomic_write(path) as file:
+                    json.dump(report.dataset, file)
                 logger.info(f"  The modified dataset is {path}.")
-        if self.reports:
-            overrides = ", ".join(f"{k} {v}" for k, v in self._overrides(cfg).items())
+        if self.sources:
+            overrides = ", ".join(f"{key} {value}" for key, value in self.overrides.items())
             logger.info(f"Set from the dataset: {overrides}")
             if not cfg.DATASETS.TEST:
                 logger.info("Without --val-json nothing is evaluated.")
         comm.synchronize()
 
-    def _overrides(self, cfg: CfgNode) -> dict[str, Any]:
-        return cfg_overrides_from_dataset(cfg, next(iter(self.reports.values())))
-
 
 def load_custom_datasets(cfg: CfgNode, args: Namespace) -> CustomDatasets:
-    """Validate the datasets given on the command line.
+    """Validate the datasets given on the command line, in one process of each machine.
 
     Args:
         cfg: Config, which says whether masks and keypoints are needed.
@@ -101,13 +117,22 @@ def load_custom_datasets(cfg: CfgNode, args: Namespace) -> CustomDatasets:
     if files and needed not in files:
         purpose = "--eval-only" if args.eval_only else "Training"
         raise ValueError(f"{purpose} on custom datasets needs {flag}.")
+    if not files:
+        return CustomDatasets()
     used = {name: files[name] for name in files if name == VAL or not args.eval_only}
-    reports = validate_files(cfg, used)
-    if any(report.has_errors for report in reports.values()):
-        if comm.is_main_process():
-            print("\n".join(map(str, reports.values())), flush=True)
-        raise ValueError("The dataset has errors; fix the lines marked 'error' above.")
-    return CustomDatasets(reports)
+    reports: dict[str, DatasetReport] = {}
+
+    def validate() -> tuple[dict[str, _Source], dict[str, Any]]:
+        trained = read_trained_classes(cfg, eval_only=args.eval_only, resume=args.resume)
+        reports.update(validate_files(cfg, used, trained))
+        if any(report.has_errors for report in reports.values()):
+            print_reports(reports.values())
+            raise ValueError("The dataset has errors; fix the lines marked 'error' above.")
+        sources = {name: _source(name, report, cfg) for name, report in reports.items()}
+        return sources, cfg_overrides_from_dataset(cfg, next(iter(reports.values())))
+
+    # A large dataset takes gigabytes, and its images may be on a network disk.
+    return CustomDatasets(*on_first_local_process(validate), reports)
 
 
 def custom_files(args: Namespace) -> dict[str, tuple[str, str]]:
@@ -126,18 +151,29 @@ def custom_files(args: Namespace) -> dict[str, tuple[str, str]]:
     return files
 
 
-def validate_files(cfg: CfgNode, files: dict[str, tuple[str, str]]) -> dict[str, DatasetReport]:
-    """Validate datasets, and compare the first with the others.
+def validate_files(
+    cfg: CfgNode,
+    files: dict[str, tuple[str, str]],
+    trained: Mapping[str, list[str]],
+    *,
+    renumber: bool = True,
+) -> dict[str, DatasetReport]:
+    """Validate datasets; compare the first with what the model was trained on, and the others.
 
     Args:
         cfg: Config, which says whether masks and keypoints are needed.
         files: Annotation file and image root of each dataset, by name.
+        trained: Names that the model was trained on; see `read_trained_classes`.
+        renumber: Whether categories in another order are renumbered.
     """
+    classes, keypoints = (trained.get(key, []) for key in ("thing_classes", "keypoint_names"))
     reports: dict[str, DatasetReport] = {}
     for name, paths in files.items():
         report = validate_coco(*paths, masks=cfg.MODEL.MASK_ON, keypoints=cfg.MODEL.KEYPOINT_ON)
         if reports:
-            compare_splits(next(iter(reports.values())), report)
+            compare_splits(next(iter(reports.values())), report, renumber=renumber)
+        else:
+            match_classes(report, classes, keypoints, "checkpoint", renumber=renumber)
         reports[name] = report
     return reports
 
@@ -186,25 +222,13 @@ def flip_map(names: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _register(name: str, report: DatasetReport, output_dir: str) -> None:
+def _source(name: str, report: DatasetReport, cfg: CfgNode) -> _Source:
+    """What a dataset is registered with; a modified one will be in the output directory."""
     metadata: dict[str, Any] = {"thing_classes": report.classes}
     if report.keypoints:
         metadata["keypoint_names"] = report.keypoints
         metadata["keypoint_flip_map"] = flip_map(report.keypoints)
-    json_file = _modified_file(name, output_dir) if report.is_modified else report.json_file
-    DatasetCatalog.pop(name, None)
-    MetadataCatalog.pop(name, None)
-    register_coco_instances(name, metadata, json_file, report.image_root)
-
-
-def _modified_file(name: str, output_dir: str) -> str:
-    return os.path.join(output_dir, "datasets", f"{name}.json")
-
-
-def _write(report: DatasetReport, path: str) -> None:
-    """Write the dataset once per machine (local rank 0)."""
-    if comm.get_local_rank():
-        return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with atomic_write(path) as file:
-        json.dump(report.dataset, file)
+    json_file = report.json_file
+    if report.is_modified:
+        json_file = os.path.join(cfg.OUTPUT_DIR, "datasets", f"{name}.json")
+    return _Source(metadata, json_file, report.image_root)

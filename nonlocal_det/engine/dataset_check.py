@@ -9,8 +9,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
-from ..data.dataset_report import DatasetReport
+from ..data.dataset_report import DatasetReport, print_reports
 from .custom_data import custom_files, validate_files
+from .trained_classes import read_trained_classes
 
 
 def run_dataset_check(args: Namespace) -> bool:
@@ -28,11 +29,13 @@ def run_dataset_check(args: Namespace) -> bool:
     """
     cfg = load_config(args.config_file, args.opts)
     custom = custom_files(args)
-    reports = validate_files(cfg, custom or _registered_files(cfg))
+    files = custom or _registered_files(cfg)
+    trained = read_trained_classes(cfg, eval_only=args.eval_only, resume=args.resume)
+    reports = validate_files(cfg, files, trained, renumber=bool(custom))
     if not custom:
         for report in reports.values():
             _check_num_classes(cfg, report)
-    print("\n".join(map(str, reports.values())))
+    print_reports(reports.values())
     usable = not any(report.has_errors for report in reports.values())
     print("The data can be used." if usable else "The data cannot be used.")
     return usable

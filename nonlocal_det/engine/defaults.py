@@ -30,7 +30,7 @@ class CheckedCfg(NamedTuple):
 
     cfg: Any
     device: str
-    datasets: CustomDatasets = CustomDatasets({})
+    datasets: CustomDatasets = CustomDatasets()
 
 
 def nonlocal_argument_parser(epilog: Optional[str] = None) -> ArgumentParser:
@@ -97,9 +97,23 @@ def load_and_check_cfg(args: Namespace) -> CheckedCfg:
         world_size,
         eval_only=args.eval_only,
         resume=args.resume,
-        valid_datasets=tuple(datasets.reports),
+        valid_datasets=tuple(datasets.sources),
     )
     return CheckedCfg(cfg, device, datasets)
+
+
+def device_of(args: Namespace) -> str:
+    """Return the device of a YAML config's run, without the checks of `load_and_check_cfg`.
+
+    Args:
+        args: Parsed flags.
+
+    Raises:
+        OSError: If the config is missing.
+        ValueError: If the config is not valid, or the processes cannot be started.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    return resolve_device(cfg.MODEL.DEVICE, "MODEL.DEVICE cpu", args)
 
 
 def setup_lazy(args: Namespace) -> DictConfig:

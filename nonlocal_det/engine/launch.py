@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from argparse import Namespace
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar
 
 import detectron2.utils.comm as comm
 import torch
@@ -19,6 +19,8 @@ from detectron2.engine.hooks import EvalHook
 
 from ..errors import exit_on_error
 from ..modeling.sync_batchnorm import convert_sync_batchnorm_for_cpu
+
+T = TypeVar("T")
 
 
 def local_world_size_of(args: Namespace) -> int:
@@ -96,7 +98,12 @@ class _Group(NamedTuple):
     first_rank: int
 
 
-def launch(main: Callable[[Namespace], Any], args: Namespace, device: Callable[[], str]) -> Any:
+def launch(
+    main: Callable[[Namespace], Any],
+    args: Namespace,
+    device: Callable[[], str],
+    check: Callable[[], Any] = lambda: None,
+) -> Any:
     """Call ``main(args)`` in every process that torchrun or detectron2's flags request.
 
     Under torchrun this is one of those processes. Otherwise ``--num-gpus`` processes are spawned,
@@ -105,10 +112,10 @@ def launch(main: Callable[[Namespace], Any], args: Namespace, device: Callable[[
     Args:
         main: Function at the top level of a module, since spawned processes import it.
         args: detectron2's standard flags.
-        device: Function that checks the arguments and returns the device of all processes, "cuda"
-            (one GPU per process of this machine) or "cpu". It is called before other processes
-            start, so that an error is reported once. It is not called for a single process, where
-            ``main`` checks the arguments.
+        device: Function that returns the device of all processes, "cuda" (one GPU per process of
+            this machine) or "cpu". It is not called for a single process.
+        check: Function that checks all arguments, called before processes are spawned, so that an
+            error is reported once; ``main`` checks them as well.
 
     Returns:
         The result of ``main``, if it runs in this process.
@@ -119,6 +126,8 @@ def launch(main: Callable[[Namespace], Any], args: Namespace, device: Callable[[
         return main(args)
     with exit_on_error():
         name = device()
+        if not by_torchrun:
+            check()
     if by_torchrun:
         rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         group = _Group("env://", world_size, local_world_size, rank - local_rank)
@@ -177,6 +186,28 @@ def _join_group(local_rank: int, group: _Group, backend: str) -> None:
         ) from error
     # What detectron2's own launch sets; 0.5 has no public name for it.
     comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups(group.local_world_size)
+
+
+def on_first_local_process(function: Callable[[], T]) -> T:
+    """Call a function in one process of each machine; return its result in all of them.
+
+    Args:
+        function: Function whose result can be pickled.
+
+    Raises:
+        OSError, ValueError: In all processes, if the function raises it in any.
+    """
+    outcome: Any = None
+    if comm.get_local_rank() == 0:
+        try:
+            outcome = function()
+        except (OSError, ValueError) as error:
+            outcome = error
+    outcomes = comm.all_gather(outcome)
+    for error in outcomes:
+        if isinstance(error, Exception):
+            raise error
+    return outcomes[comm.get_rank() - comm.get_local_rank()]
 
 
 class SkipEvalOnErrorMixin(TrainerBase):

@@ -15,12 +15,16 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
 from ..errors import summarize_error
+from ..evaluation.evaluators import check_evaluator
+from ..modeling.block_factory import check_batch_norms
 from ..modeling.supported_positions import check_positions
 from ..utils.file_io import ensure_writable_dir
 from ..utils.validation import check_positive_int
+from .annotation_check import check_annotations
 from .custom_data import TRAIN, VAL
 from .model_check import build_on_meta_device, check_device, check_weights
 from .train_loop import resolve_amp_dtype
+from .trained_classes import check_all_classes
 from .trainer import Trainer
 
 # Names of the datasets that --train-json and --val-json give; "own_*" in configs of older runs.
@@ -57,10 +61,18 @@ def preflight_check(
     for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
         if name not in valid_datasets:
             check_dataset_registered(name)
+    for name in cfg.DATASETS.TEST:
+        check_evaluator(name, cfg.MODEL.META_ARCHITECTURE)
+    check_all_classes(cfg, eval_only=eval_only, resume=resume)
+    check_annotations(cfg, eval_only=eval_only)
     check_device(device)
     if not eval_only:
         _check_solver(cfg, world_size, device)
     model = build_on_meta_device(cfg)
+    if not eval_only:
+        images = Trainer.auto_scale_workers(cfg, world_size).SOLVER.IMS_PER_BATCH
+        micro_batch = images // (world_size * cfg.SOLVER.ACCUMULATION_STEPS)
+        check_batch_norms(model, micro_batch, world_size)
     _check_schedule(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         _check_augmentation(cfg, model)
@@ -177,7 +189,7 @@ def check_dataset_registered(name: str) -> None:
 
     Raises:
         ValueError: If no dataset has that name; the message gives similar names.
-        FileNotFoundError: If its annotation file or image root is missing.
+        FileNotFoundError: If one of its files or directories is missing.
     """
     if name not in DatasetCatalog.list():
         similar = difflib.get_close_matches(name, DatasetCatalog.list(), n=4, cutoff=0.4)
@@ -186,7 +198,7 @@ def check_dataset_registered(name: str) -> None:
             hint = " It was given on the command line: pass --train-json and --val-json again."
         raise ValueError(f"There is no dataset {name!r}.{hint}")
     metadata = MetadataCatalog.get(name)
-    for key in ("json_file", "image_root"):
+    for key in ("json_file", "image_root", "dirname", "image_dir", "gt_dir", "sem_seg_root"):
         path = metadata.get(key)
         if path and not os.path.exists(PathManager.get_local_path(path)):
             raise FileNotFoundError(

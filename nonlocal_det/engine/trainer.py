@@ -12,14 +12,9 @@ import detectron2.utils.comm as comm
 import torch
 import torch.nn as nn
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
-from detectron2.evaluation import (
-    COCOPanopticEvaluator,
-    DatasetEvaluator,
-    DatasetEvaluators,
-    SemSegEvaluator,
-)
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils.logger import setup_logger
@@ -28,12 +23,13 @@ from ..attention.hook import AttentionHook
 from ..checkpoint.atomic_checkpoint import AtomicCheckpointer
 from ..data.dataset_mapper import CheckedDatasetMapper
 from ..data.train_loader import build_resumable_train_loader
-from ..evaluation import ReportingCOCOEvaluator
+from ..evaluation.evaluators import build_evaluator
 from ..modeling.supported_positions import used_features
 from ..utils.validation import check_choice
 from .hooks import ResumeHook, TrainingErrorHook
 from .launch import SkipEvalOnErrorMixin, wrap_ddp
 from .train_loop import GradAccumTrainer, resolve_amp_dtype
+from .trained_classes import CLASSES, TrainedClasses
 
 # The hooks that run after the one that saves checkpoints.
 _AFTER_CHECKPOINT = (hooks.EvalHook, hooks.PeriodicWriter, AttentionHook)
@@ -59,7 +55,12 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
         )
         self._trainer = self.build_inner_trainer(cfg, model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = AtomicCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            trainer=weakref.proxy(self),
+            **{CLASSES: TrainedClasses(cfg.DATASETS.TRAIN)},
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -147,7 +148,7 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
     ) -> DatasetEvaluator:
-        """Build the evaluator of a COCO, semantic or panoptic dataset.
+        """Build the evaluator of a dataset; see `evaluation.evaluators`.
 
         Args:
             cfg: Config of the run.
@@ -155,26 +156,10 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
             output_folder: Output directory; by default ``inference`` in ``OUTPUT_DIR``.
 
         Raises:
-            ValueError: If the dataset is of another kind.
+            ValueError: If the dataset's ``evaluator_type`` is not supported.
         """
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        evaluators: list[DatasetEvaluator] = []
-        if kind in ("sem_seg", "coco_panoptic_seg"):
-            evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
-        if kind in ("coco", "coco_panoptic_seg"):
-            sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-            evaluators.append(
-                ReportingCOCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)
-            )
-        if kind == "coco_panoptic_seg":
-            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
-        if not evaluators:
-            raise ValueError(
-                f"Dataset {dataset_name!r} has evaluator_type {kind!r}; 'coco', 'sem_seg' and "
-                f"'coco_panoptic_seg' can be evaluated."
-            )
-        return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+        return build_evaluator(dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

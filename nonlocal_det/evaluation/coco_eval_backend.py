@@ -36,6 +36,11 @@ def can_use_faster_coco_eval() -> bool:
     return COCOeval_faster is not None and own is COCOeval
 
 
+def are_ids_exact(truth: COCO) -> bool:
+    """Whether faster-coco-eval, which holds ids as doubles, can tell all ids of a dataset apart."""
+    return all(abs(one) < 2**53 for one in (*truth.imgs, *truth.cats))
+
+
 @contextmanager
 def patch_cocoeval() -> Iterator[None]:
     """Let detectron2's COCO evaluation use faster-coco-eval within the body.

@@ -64,7 +64,7 @@ def per_class_results(evaluation: COCOeval) -> list[PerClassResult]:
 
 def write_per_class_csv(rows: Sequence[PerClassResult], path: str) -> None:
     """Write per-class results to a CSV file with a header; percentages have three decimals."""
-    with PathManager.open(path, "w") as file:
+    with PathManager.open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADER)
         for name, num_objects, *metrics in rows:

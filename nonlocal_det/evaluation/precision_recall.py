@@ -15,7 +15,8 @@ _ENDS = 4  # with many classes, number of best and of worst classes that are col
 _FAINT = "#c8ccd4"
 _BEST = ("#08306b", "#2171b5", "#4292c6", "#9ecae1")
 _WORST = ("#7f2704", "#d94801", "#f16913", "#fdae6b")
-_STYLE = {"font.family": "DejaVu Sans", "font.size": 8}
+# A dollar sign in the name of a class begins no formula.
+_STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "text.parse_math": False}
 
 
 def precision_recall_figure(names: Sequence[str], precision: np.ndarray, params: Any) -> Figure:

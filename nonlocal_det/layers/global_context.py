@@ -10,7 +10,7 @@ the constant 1 for theta and W_k x for phi. ``out`` is W_v2 and starts at zero.
 
 Deviations from the paper: additive fusion only, which the paper recommends; an optional norm after
 W_v2. The norm sees one vector per image, so batch norm needs large batches: prefer "" (as in the
-paper) or "GN".
+paper, and the default) or "GN".
 
 Cost: O(N C) for the map and the sum, 2 C D per image for the bottleneck; memory O(C + N).
 """

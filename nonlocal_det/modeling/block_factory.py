@@ -9,16 +9,17 @@ from typing import Any
 
 import torch.nn as nn
 from detectron2.config import CfgNode
-from detectron2.layers import get_norm
+from detectron2.layers import NaiveSyncBatchNorm, get_norm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import default_settings, with_new_keys
-from ..layers import MECHANISMS
+from ..layers import MECHANISMS, GlobalContextBlock
 from ..utils.deprecation import warn_renamed
 from ..utils.validation import check_choice
 from .positions import BlockFactory
 from .supported_positions import check_positions
 
-NORMS = ("", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "GN")
+NORMS = ("auto", "", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "GN")
 # Keys of MODEL.NONLOCAL that are no settings of a block.
 NON_BLOCK_KEYS = ("POSITIONS", "WRAPPED_BACKBONE", "MASK_PADDING", "VIS_PERIOD")
 
@@ -78,7 +79,7 @@ def build_block(channels: int, **settings: Any) -> nn.Module:
     arguments = {
         **chosen,
         "inner_channels": channels // reduction,
-        "norm": _norm(chosen["norm"]),
+        "norm": _norm(_resolve_norm(chosen["norm"], chosen["mechanism"])),
     }
     # Each mechanism gets the settings that its constructor names.
     names = inspect.signature(mechanism).parameters.keys() & arguments.keys()
@@ -107,6 +108,35 @@ def _without_grouped(chosen: dict[str, Any]) -> dict[str, Any]:
 def _block_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = with_new_keys(settings).items()
     return {key: value for key, value in kept if key not in NON_BLOCK_KEYS}
+
+
+def check_batch_norms(model: nn.Module, images: int, world_size: int) -> None:
+    """Check that the norm of each global context block sees several vectors in training.
+
+    Args:
+        model: Model with blocks.
+        images: Number of images per process and micro-batch.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If a batch norm would see a single vector, of which it can make nothing.
+    """
+    for name, block in model.named_modules():
+        norm = block.norm if isinstance(block, GlobalContextBlock) else None
+        if isinstance(norm, _BatchNorm):
+            shared = isinstance(norm, (nn.SyncBatchNorm, NaiveSyncBatchNorm))
+            if images * (world_size if shared else 1) == 1:
+                raise ValueError(
+                    f"Batch norm in the global context block {name} sees one vector per image, and "
+                    f"a batch has one image per process: set MODEL.NONLOCAL.NORM to '' or 'GN', or "
+                    f"raise SOLVER.IMS_PER_BATCH."
+                )
+
+
+def _resolve_norm(name: str, mechanism: str) -> str:
+    if name != "auto":
+        return name
+    return "" if mechanism == "global_context" else "BN"
 
 
 def _norm(name: str) -> Any:

@@ -3,8 +3,8 @@
     nonlocal-det ablate --suite ablation/lamps_cpu --output output/lamps_cpu
 
 Finished runs are kept, and an interrupted one resumes from its last checkpoint: the command may be
-stopped and started at any time. It writes results.json, tables.md and, if the suite has distances,
-distance.png.
+stopped and started at any time. Runs of another configuration are refused. It writes results.json,
+tables.md and, if the suite has distances, distance.png.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_args(argv)
     with exit_on_error():
         suite = read_suite(args.suite)
-        device = check_suite(suite)
+        device = check_suite(suite, args.output)
     jobs = args.jobs or (1 if device == "cuda" else len(os.sched_getaffinity(0)))
     total = len(suite.runs())
     print(f"{total} runs, {jobs} in parallel, below {args.output}", flush=True)
     results = []
-    with exit_on_error(RuntimeError):
+    with exit_on_error(RuntimeError, ValueError, OSError):
         for result in train_all(suite, args.output, jobs=jobs, threads=args.threads):
             results.append(result)
             print(f"{len(results):4} of {total}  {progress_line(result)}", flush=True)

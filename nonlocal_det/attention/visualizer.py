@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import count
 from typing import Optional
 
 import numpy as np
@@ -14,6 +15,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
 from matplotlib.figure import Figure
 
+from ..utils.outputs import CommandOutputs
 from ..utils.plotting import save_figure
 from .explorer import explorer_page
 from .figure import (
@@ -85,7 +87,7 @@ class AttentionVisualizer:
             html: Write an explorer page of an image too.
 
         Returns:
-            Paths of the files written.
+            Paths of the files written, which are replaced if they exist.
 
         Raises:
             OSError: If a file cannot be read or written.
@@ -226,23 +228,44 @@ def select_blocks(names: Sequence[str], parts: Optional[Sequence[str]]) -> list[
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 
-def unique_output_stems(paths: Sequence[str], folder: str) -> list[str]:
-    """Create a different output path for each file, even if files in two folders share a name.
+def output_extensions(path: str, formats: Sequence[str], html: bool) -> list[str]:
+    """Extensions of the files that `AttentionVisualizer.visualize` writes for an input file."""
+    if is_video(path):
+        return ["mp4"]
+    return [*formats, "html"] if html else list(formats)
+
+
+def free_output_stems(
+    paths: Sequence[str],
+    folder: str,
+    outputs: CommandOutputs,
+    *,
+    formats: Sequence[str] = ("png",),
+    html: bool = False,
+) -> list[str]:
+    """Choose file names without extension for the output of each input file.
+
+    Input files, and files that are no earlier output, keep their names.
 
     Args:
         paths: Input files.
         folder: Output folder.
+        outputs: Output files of the command.
+        formats: As of `AttentionVisualizer.visualize`.
+        html: As of `AttentionVisualizer.visualize`.
 
     Returns:
-        Paths in ``folder`` without extension: "photo", "photo-2", ...
+        A different name for each file: "photo", "photo-2", ...
     """
-    taken: set[str] = set()
+    taken = {os.path.realpath(path) for path in paths}
     stems = []
     for path in paths:
-        base, number = os.path.splitext(os.path.basename(path))[0], 2
-        name = base
-        while name in taken:
-            name, number = f"{base}-{number}", number + 1
-        taken.add(name)
-        stems.append(os.path.join(folder, name))
+        base = os.path.splitext(os.path.basename(path))[0]
+        for stem in (base if number == 1 else f"{base}-{number}" for number in count(1)):
+            names = [f"{stem}.{end}" for end in output_extensions(path, formats, html)]
+            files = [os.path.join(os.path.realpath(folder), name) for name in names]
+            # Also a stem in use for other extensions: outputs of one input share one of their own.
+            if stem not in stems and taken.isdisjoint(files) and all(map(outputs.may_write, files)):
+                break
+        stems.append(stem)
     return stems

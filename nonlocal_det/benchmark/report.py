@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from ..utils.file_io import atomic_write
 from ..utils.plotting import save_figure
 
+FILES = ("benchmark.json", "benchmark.png")
 MIB = 2**20
 COLUMNS = "time ms", "dense", "ratio", "peak MiB", "dense", "ratio", "x floor", "x convs"
 
@@ -102,7 +103,8 @@ def _num_positions(row: Row) -> int:
 
 
 def write_results(folder: str, machine: dict[str, object], rows: Sequence[Row]) -> None:
-    """Write ``benchmark.json`` and ``benchmark.png`` into an existing folder."""
-    with atomic_write(os.path.join(folder, "benchmark.json")) as file:
+    """Write the `FILES` into an existing folder."""
+    table, plot = (os.path.join(folder, name) for name in FILES)
+    with atomic_write(table) as file:
         json.dump({"machine": machine, "rows": list(rows)}, file, indent=2)
-    save_figure(results_plot(rows), os.path.join(folder, "benchmark.png"))
+    save_figure(results_plot(rows), plot)

@@ -14,11 +14,13 @@ import os
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from ..ablation.report import make_report, write_report
+from ..ablation.report import FILES, make_report, write_report
 from ..ablation.runs import check_suite, train_all
 from ..ablation.statistics import tables
 from ..ablation.suite import read_suite
 from ..errors import exit_on_error
+from ..utils.file_io import ensure_writable_dir
+from ..utils.outputs import CommandOutputs
 from . import program_name
 
 
@@ -54,9 +56,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train, measure and report."""
     args = parse_args(argv)
+    outputs = CommandOutputs("ablate")
     with exit_on_error():
         suite = read_suite(args.suite)
+        outputs.check(*(os.path.join(args.output, name) for name in FILES))
         device = check_suite(suite, args.output)
+        ensure_writable_dir(args.output)
     jobs = args.jobs or (1 if device == "cuda" else len(os.sched_getaffinity(0)))
     total = len(suite.runs())
     print(f"{total} runs, {jobs} in parallel, below {args.output}", flush=True)
@@ -66,7 +71,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             results.append(result)
             print(f"{len(results):4} of {total}  {progress_line(result)}", flush=True)
     report = make_report(suite, results, args.output)
-    write_report(report, args.output)
+    with exit_on_error(), outputs.drafts(args.output) as drafts:
+        write_report(report, drafts)
     print(f"\n{tables(report)}\nWrote these tables to {os.path.join(args.output, 'tables.md')}.")
     return 0
 

@@ -16,8 +16,11 @@ from ..engine import check_dataset_registered
 from ..errors import exit_on_error
 from ..utils.deprecation import RenamedOption
 from ..utils.file_io import ensure_writable_dir
+from ..utils.outputs import CommandOutputs
 from . import program_name
 from .model_args import add_model_arguments, setup_cfg
+
+TABLE, PLOT = "attention.csv", "attention.png"
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -47,8 +50,10 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Compute the statistics, print them, and write them as a table and a plot."""
     args = parse_args(argv)
+    outputs = CommandOutputs("measure-attention")
     with exit_on_error():
         ensure_writable_dir(args.output)
+        outputs.check(*(os.path.join(args.output, name) for name in (TABLE, PLOT)))
         cfg = setup_cfg(args)
         dataset = args.dataset or cfg.DATASETS.TEST[0]
         check_dataset_registered(dataset)
@@ -56,6 +61,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             cfg, dataset, num_images=args.num_images, num_queries=args.num_queries
         )
         print(format_stats(stats))
-        write_stats_csv(stats, os.path.join(args.output, "attention.csv"))
-        plot_stats(stats, os.path.join(args.output, "attention.png"))
+        with outputs.drafts(args.output) as drafts:
+            write_stats_csv(stats, os.path.join(drafts, TABLE))
+            plot_stats(stats, os.path.join(drafts, PLOT))
     return 0

@@ -90,16 +90,16 @@ class BlockCall:
 
 @dataclass
 class RecordedCall:
-    """One call of a model.
+    """One call of a model, or of parts of it.
 
     Attributes:
-        image_sizes: Size of each image of the batch.
+        image_sizes: Size of each image of the batch; None if only parts of the model were called.
         padded: (width, height) of the padded batch in pixels.
         rois: RoIs of the latest RoI pooling.
         block_calls: Latest call of each block that ran, by name.
     """
 
-    image_sizes: list[ImageSize]
+    image_sizes: Optional[list[ImageSize]] = None
     padded: tuple[int, int] = (0, 0)
     rois: Optional[PooledRoIs] = None
     block_calls: dict[str, BlockCall] = field(default_factory=dict)
@@ -120,7 +120,13 @@ class RecordedCall:
 
         Raises:
             IndexError: If the batch has no such image.
+            ValueError: If the sizes are unknown.
         """
+        if self.image_sizes is None:
+            raise ValueError(
+                "The sizes of the recorded images are unknown: only parts of the model were "
+                "called, or none. Call the model itself, model(inputs), inside the context."
+            )
         if not 0 <= image_index < len(self.image_sizes):
             raise IndexError(
                 f"There is no image {image_index}: the recorded call has {len(self.image_sizes)}."

@@ -18,12 +18,13 @@ import pytest
 import torch
 import torch.nn as nn
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from nonlocal_det import NonLocalBlock
-from nonlocal_det.attention import AttentionRecorder
+from nonlocal_det.attention import AttentionRecorder, queries_from_instances
 from nonlocal_det.attention.hook import AttentionHook, output_weight_rms
 from nonlocal_det.attention.image_io import expand_inputs, is_video, read_image_rgb, read_video
 from nonlocal_det.attention.statistics import (
@@ -33,6 +34,7 @@ from nonlocal_det.attention.statistics import (
     mean_stats,
     relative_entropy,
 )
+from nonlocal_det.attention.visualizer import matching_metadata
 from nonlocal_det.cli import measure_attention, visualize
 from nonlocal_det.config import load_config
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
@@ -331,6 +333,74 @@ def test_command_measures_a_dataset(tmp_path, lamps, capsys):
         assert float(row["residual_ratio"]) == 0
     assert (tmp_path / "out" / "attention.png").read_bytes().startswith(b"\x89PNG")
     assert "backbone.non_local.p4" in capsys.readouterr().out
+
+
+def one_instance(class_id: int) -> Instances:
+    return Instances(
+        (40, 60),
+        pred_boxes=Boxes(torch.tensor([[5.0, 5, 25, 25]])),
+        scores=torch.tensor([0.9]),
+        pred_classes=torch.tensor([class_id]),
+    )
+
+
+def test_classes_without_a_name_have_their_number():
+    for class_id, name in ((1, "two"), (2, "class 2")):
+        (query,) = queries_from_instances(one_instance(class_id), ["one", "two"])
+        assert query.label == f"1 {name} 90%"
+
+
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "RetinaNet"])
+def test_names_are_those_of_as_many_classes_and_keypoints(architecture):
+    cfg = load_config(CONFIG, ["MODEL.META_ARCHITECTURE", architecture])
+    node = cfg.MODEL.RETINANET if architecture == "RetinaNet" else cfg.MODEL.ROI_HEADS
+    cfg.DATASETS.TEST, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = ("lamps_val",), 17
+    for node.NUM_CLASSES, expected in ((3, ["amber", "teal", "violet"]), (2, None), (5, None)):
+        assert matching_metadata(cfg).get("thing_classes") == expected
+    cfg.DATASETS.TEST, node.NUM_CLASSES = ("keypoints_coco_2017_val",), 1
+    metadata = matching_metadata(cfg)
+    assert metadata.thing_classes == ["person"] and len(metadata.keypoint_names) == 17
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 18
+    assert matching_metadata(cfg).get("keypoint_names") is None
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = ()
+    assert matching_metadata(cfg).get("thing_classes") is None
+
+
+def test_model_of_more_classes_than_names_is_drawn(tmp_path, capsys):
+    """Untrained, it predicts some of the classes that have no name."""
+    save(tmp_path / "a.png", "RGB")
+    files = ["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
+    options = ["--confidence-threshold", "0", "--color-by-class", "--config-file", CONFIG]
+    assert visualize.main([*files, *options, "MODEL.ROI_HEADS.NUM_CLASSES", "90"]) == 0
+    assert made(tmp_path / "out") == ["a.png"]
+
+
+def test_commands_take_custom_datasets(tmp_path, capsys):
+    """One is corrected: the image of a missing file is left out."""
+    folder = str(tmp_path / "custom")
+    write_dataset(folder, "val", 2)
+    json_file, images = annotation_file(folder, "val"), image_root(folder, "val")
+    os.remove(os.path.join(images, sorted(os.listdir(images))[0]))
+    before = sorted(map(str, tmp_path.rglob("custom/**/*")))
+    given = ["--config-file", CONFIG, "--val-json", json_file, "--val-images", images]
+    given += ["--output", str(tmp_path / "out")]
+    assert measure_attention.main([*given, "--num-queries", "2"]) == 0
+    assert made(tmp_path / "out") == ["attention.csv", "attention.png"]
+    image = os.path.join(images, sorted(os.listdir(images))[0])
+    assert visualize.main([*given, "--input", image]) == 0
+    assert MetadataCatalog.get("custom_val").thing_classes == ["amber", "teal", "violet"]
+    DatasetCatalog.remove("custom_val")
+    MetadataCatalog.remove("custom_val")
+    assert sorted(map(str, tmp_path.rglob("custom/**/*"))) == before
+    for wrong, message in (
+        (["--val-images", images], "--val-images needs --val-json"),
+        (["DATASETS.TEST", "('custom_train',)"], "pass --train-json"),
+        (["DATASETS.TEST", "()", "DATASETS.TRAIN", "()"], "give --dataset or --val-json"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            measure_attention.main(
+                ["--output", str(tmp_path / "out"), "--config-file", CONFIG, *wrong]
+            )
 
 
 class Storage(EventStorage):

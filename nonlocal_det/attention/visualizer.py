@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
-from itertools import count
 from typing import Optional
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
 from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ class AttentionVisualizer:
         color_by_class: bool = False,
     ) -> None:
         self._predictor = DefaultPredictor(cfg)
-        self._metadata = MetadataCatalog.get(next(iter(cfg.DATASETS.TEST), "__none__"))
+        self._metadata = matching_metadata(cfg)
         self._recorder = AttentionRecorder(self._predictor.model)
         self._blocks = select_blocks(self._recorder.block_names, blocks)
         self._heads_included = bool(blocks) or not points
@@ -209,6 +210,27 @@ def _no_instances(image: np.ndarray) -> Instances:
     )
 
 
+def matching_metadata(cfg: CfgNode) -> Metadata:
+    """Metadata of a config's first dataset for testing, or else for training.
+
+    Names of classes and keypoints are left out where the model has another number of them: they
+    would be those of another model.
+    """
+    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+    metadata = MetadataCatalog.get(names[0]).as_dict() if names else {}
+    is_retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    num_classes = (cfg.MODEL.RETINANET if is_retinanet else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    for key, count in (
+        ("thing_classes", num_classes),
+        ("thing_colors", num_classes),
+        ("keypoint_names", num_keypoints),
+    ):
+        if len(metadata.get(key) or ()) != count:
+            metadata.pop(key, None)
+    return Metadata(**metadata)
+
+
 def select_blocks(names: Sequence[str], parts: Optional[Sequence[str]]) -> list[str]:
     """Select blocks by parts of their names.
 
@@ -261,7 +283,7 @@ def free_output_stems(
     stems = []
     for path in paths:
         base = os.path.splitext(os.path.basename(path))[0]
-        for stem in (base if number == 1 else f"{base}-{number}" for number in count(1)):
+        for stem in (base if number == 1 else f"{base}-{number}" for number in itertools.count(1)):
             names = [f"{stem}.{end}" for end in output_extensions(path, formats, html)]
             files = [os.path.join(os.path.realpath(folder), name) for name in names]
             # Also a stem in use for other extensions: outputs of one input share one of their own.

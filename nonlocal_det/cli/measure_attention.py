@@ -32,7 +32,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     )
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--dataset", help="registered dataset (default: the first of DATASETS.TEST)")
+    add("--dataset", help="registered dataset (default: the first of DATASETS.TEST, or else TRAIN)")
     images = add(
         "--num-images", type=int, default=100, help="maximum number of images (default 100)"
     )
@@ -55,7 +55,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         ensure_writable_dir(args.output)
         outputs.check(*(os.path.join(args.output, name) for name in (TABLE, PLOT)))
         cfg = setup_cfg(args)
-        dataset = args.dataset or cfg.DATASETS.TEST[0]
+        dataset = args.dataset or next(iter((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)), "")
+        if not dataset:
+            raise ValueError("DATASETS.TEST is empty; give --dataset or --val-json.")
         check_dataset_registered(dataset)
         stats = dataset_stats(
             cfg, dataset, num_images=args.num_images, num_queries=args.num_queries

@@ -439,6 +439,17 @@ def test_arguments_may_have_their_names(detector):
     assert recorder._call.rois.boxes[0].tolist() == [[0, 0, 4, 4]]
 
 
+def test_inputs_of_a_model_without_a_backbone_must_be_a_tensor():
+    class Model(nn.Sequential):
+        def forward(self, inputs):
+            return super().forward(inputs[0]["image"][None])
+
+    with torch.no_grad(), AttentionRecorder(Model(NonLocalBlock(3))) as recorder:
+        recorder._model([{"image": torch.randn(3, 8, 8)}])
+    with pytest.raises(ValueError, match="size of the padded batch is unknown"):
+        recorder.attention_maps("0", [(1, 1)])
+
+
 def test_model_without_detections_or_blocks():
     model = mask_rcnn(("mask_head[0]",), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.1)
     with torch.no_grad(), AttentionRecorder(model) as recorder:

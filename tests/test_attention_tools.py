@@ -9,8 +9,10 @@ ignored; 16 bits truncated; a former option that sets nothing.
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,14 +20,19 @@ import pytest
 import torch
 import torch.nn as nn
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, Instances
+from detectron2.modeling import Backbone
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from nonlocal_det import NonLocalBlock
 from nonlocal_det.attention import AttentionRecorder, queries_from_instances
-from nonlocal_det.attention.hook import AttentionHook, output_weight_rms
+from nonlocal_det.attention.hook import (
+    AttentionHook,
+    _largest_object_query,
+    output_weight_rms,
+)
 from nonlocal_det.attention.image_io import expand_inputs, is_video, read_image_rgb, read_video
 from nonlocal_det.attention.statistics import (
     AttentionStats,
@@ -457,6 +464,71 @@ def test_hook_writes_and_does_not_affect_training(tmp_path, lamps, monkeypatch):
     assert sorted(written) == sorted((step, key) for step in (1, 2) for key in keys)
     # After two iterations the block has begun to learn.
     assert written[1, f"{name}/residual_ratio"] > 0 and written[1, f"{name}/output_weight_rms"] > 0
+
+
+@pytest.mark.parametrize(
+    "boxes, expected",
+    [
+        ([], (30, 20, None)),
+        # The larger one reaches beyond the image, where its center is; x0, y0, width, height.
+        ([(2, 4, 10, 10), (50, 10, 90, 20)], (55, 20, (50, 10, 60, 30))),
+        ([(-90, -90, 95, 96)], (2.5, 3, (0, 0, 5, 6))),
+        # No box is in the image.
+        ([(70, 10, 20, 20), (5, 5, 0, 30)], (30, 20, None)),
+    ],
+)
+def test_monitored_point_lies_in_the_image(boxes, expected):
+    annotations = [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS} for box in boxes]
+    query = _largest_object_query({"annotations": annotations}, colors())
+    assert (*query.point, query.box) == expected
+
+
+class TinyBackbone(Backbone):
+    def __init__(self):
+        super().__init__()
+        self.block = NonLocalBlock(3)
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class TinyModel(nn.Module):
+    """A model with a block, which fails if it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.failing = TinyBackbone(), False
+
+    def forward(self, inputs):
+        if self.failing:
+            raise IndexError("of the model")
+        return [self.backbone(each["image"][None].float()) for each in inputs]
+
+
+def monitored(cfg, model, num_images: int = 3) -> tuple[AttentionHook, Storage]:
+    """A hook that has written once, and what it wrote."""
+    hook, storage = AttentionHook(cfg, 1, num_images), Storage(0)
+    hook.trainer = SimpleNamespace(model=model, storage=storage, iter=0, max_iter=1)
+    hook.before_train()
+    hook.after_step()
+    return hook, storage
+
+
+def test_monitoring_never_ends_a_run(lamps, caplog, monkeypatch):
+    """Nor does it change the model's mode, or numpy's random numbers."""
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+    cfg, model = load_config(CONFIG, ["DATASETS.TEST", (lamps,)]), TinyModel()
+    assert len(monitored(cfg, model)[1].images) == 3 and caplog.text == ""
+    model.failing, state = True, np.random.get_state()[1].tolist()
+    assert monitored(cfg, model)[1].images == [] and model.training
+    assert "of iteration 1 cannot be monitored: IndexError: of the model." in caplog.text
+    for name in ("()", "('no_such_dataset',)"):
+        caplog.clear()
+        hook, storage = monitored(load_config(CONFIG, ["DATASETS.TEST", name]), TinyModel())
+        assert hook._samples == storage.images == storage.scalars == []
+        assert "attention is to be monitored cannot be read: " in caplog.text
+    assert np.random.get_state()[1].tolist() == state
 
 
 @pytest.mark.parametrize("norm", ["", "BN"])

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.env import seed_all_rng
@@ -41,7 +41,7 @@ from nonlocal_det.attention.statistics import (
     mean_stats,
     relative_entropy,
 )
-from nonlocal_det.attention.visualizer import matching_metadata
+from nonlocal_det.attention.visualizer import AttentionVisualizer, matching_metadata
 from nonlocal_det.cli import measure_attention, visualize
 from nonlocal_det.config import load_config
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
@@ -86,6 +86,9 @@ def save(path, kind: str) -> None:
         image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
     elif kind == "16 bit":
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
+    elif kind in ("I of 16 bit", "I of 32 bit"):
+        factor = 257 if "16" in kind else 2**23
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.int32) * factor).save(path)
     elif kind == "transparent":
         array = np.dstack([colors(), np.full((40, 60), 255, np.uint8)])
         array[:20, :30, 3] = 0
@@ -109,6 +112,9 @@ def save(path, kind: str) -> None:
         ("L", "a.png", (81,) * 3, (83,) * 3),
         ("16 bit", "a.png", (81,) * 3, (83,) * 3),
         ("F", "a.tiff", (81 * 255 / 83,) * 3, (255,) * 3),
+        ("I", "a.tiff", (81,) * 3, (83,) * 3),
+        ("I of 16 bit", "a.tiff", (81,) * 3, (83,) * 3),
+        ("I of 32 bit", "a.tiff", (81,) * 3, (83,) * 3),
     ],
 )
 def test_images_of_all_kinds_are_read_as_displayed(tmp_path, kind, name, top_left, bottom_right):
@@ -182,6 +188,20 @@ def test_files_that_cannot_be_drawn_are_skipped(tmp_path, capsys):
     printed, errors = capsys.readouterr()
     assert len([line for line in printed.splitlines() if line.startswith(str(output))]) == 12
     assert "skipped: " in errors and "broken.jpg' cannot be read as an image" in errors
+
+
+def test_the_model_gets_images_as_in_training(tmp_path):
+    """However they are displayed."""
+    cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu"])
+    given, mapper = [], DatasetMapper(cfg, is_train=False)
+    visualizer = AttentionVisualizer(cfg, confidence_threshold=1.1)
+    visualizer._predictor.model.register_forward_pre_hook(lambda _, args: given.extend(args[0]))
+    kinds = {"RGB": "png", "exif": "jpg", "16 bit": "png", "transparent": "png", "I": "tiff"}
+    for kind, ending in kinds.items():
+        path = str(tmp_path / f"{kind}.{ending}")
+        save(path, kind)
+        visualizer.visualize(path, str(tmp_path / "out"))
+        assert torch.equal(given.pop()["image"].byte(), mapper({"file_name": path})["image"])
 
 
 def test_points_and_no_detection(tmp_path, capsys):

@@ -51,7 +51,8 @@ def read_image_rgb(path: str) -> np.ndarray:
     """Read an image file as a viewer shows it.
 
     The image is rotated by its EXIF orientation, transparency is composited on white, grayscale is
-    converted to RGB, and more than 8 bits per channel are reduced to 8.
+    converted to RGB, and more than 8 bits per channel are reduced to 8: 32-bit integers by the
+    smallest of the ranges of 8, 16 and 32 bits that holds them.
 
     Args:
         path: Path of the file.
@@ -76,8 +77,12 @@ def read_image_rgb(path: str) -> np.ndarray:
 
 
 def _as_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I;16"):
         return _gray(np.asarray(image) / 257)
+    if image.mode == "I":
+        values = np.asarray(image)
+        largest = next(m for m in (2**8 - 1, 2**16 - 1, 2**31 - 1) if values.max() <= m)
+        return _gray(values * (255 / largest))
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image))
         return _gray(values * (255 / max(values.max(), 1e-12)))

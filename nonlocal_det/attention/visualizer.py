@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
 from matplotlib.figure import Figure
@@ -98,7 +99,8 @@ class AttentionVisualizer:
             self._write_video(path, f"{output_stem}.mp4")
             return [f"{output_stem}.mp4"]
         image = read_image_rgb(path)
-        instances = self._predict(image)
+        # The model gets what detectron2 reads in training, which differs for unusual files.
+        instances = self._predict(read_image(path, "BGR"))
         figure = self._figure(image, instances)
         outputs = [f"{output_stem}.{extension}" for extension in formats]
         for output in outputs:
@@ -111,10 +113,9 @@ class AttentionVisualizer:
         return outputs
 
     def _predict(self, image: np.ndarray) -> Instances:
-        """Record a call of the model, and select its detections."""
+        """Record a call of the model for a BGR image, and select its detections."""
         with self._recorder:
-            # DefaultPredictor takes BGR.
-            outputs = self._predictor(image[:, :, ::-1])
+            outputs = self._predictor(image)
         if "instances" not in outputs:
             return _no_instances(image)
         instances = outputs["instances"].to("cpu")
@@ -172,7 +173,7 @@ class AttentionVisualizer:
                 write(self._output_frame(frame))
 
     def _output_frame(self, frame: np.ndarray) -> np.ndarray:
-        instances = self._predict(frame)
+        instances = self._predict(frame[:, :, ::-1])
         queries, recorded = self._queries(instances), self._recorded_blocks()
         resized = resize_longest_side(frame, FRAME_LENGTH)[0]
         names = self._metadata.get("thing_classes")

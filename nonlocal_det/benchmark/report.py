@@ -35,9 +35,11 @@ def machine_info(device: str, threads: int) -> dict[str, object]:
 
 
 def processor_name() -> str:
-    """Model name of the CPU."""
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    """Model name of the CPU where the system tells it, or else its architecture."""
+    names = []
+    if os.path.isfile("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 

@@ -62,7 +62,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         outputs.check(*(os.path.join(args.output, name) for name in FILES))
         device = check_suite(suite, args.output)
         ensure_writable_dir(args.output)
-    jobs = args.jobs or (1 if device == "cuda" else len(os.sched_getaffinity(0)))
+    jobs = args.jobs or (1 if device == "cuda" else num_cores())
     total = len(suite.runs())
     print(f"{total} runs, {jobs} in parallel, below {args.output}", flush=True)
     results = []
@@ -75,6 +75,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         write_report(report, drafts)
     print(f"\n{tables(report)}\nWrote these tables to {os.path.join(args.output, 'tables.md')}.")
     return 0
+
+
+def num_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def progress_line(result: dict[str, Any]) -> str:

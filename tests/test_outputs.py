@@ -20,7 +20,19 @@ from PIL import Image
 
 from nonlocal_det.attention.image_io import read_video
 from nonlocal_det.attention.visualizer import free_output_stems
-from nonlocal_det.cli import ablate, analyze, benchmark, export, measure_attention, visualize
+from nonlocal_det.cli import (
+    ablate,
+    analyze,
+    benchmark,
+    demo,
+    export,
+    lazy_train,
+    measure_attention,
+    train,
+    visualize,
+)
+from nonlocal_det.cli.run_folder import check_run_folder
+from nonlocal_det.config import load_config
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
 from nonlocal_det.utils.outputs import HIDDEN_FOLDER, CommandOutputs
 
@@ -186,6 +198,56 @@ def test_all_outputs_of_an_input_share_a_free_name(tmp_path):
     # An input in the output folder keeps its name, also if it does not exist, or by a link.
     (tmp_path / "link").symlink_to(tmp_path)
     assert stems(str(tmp_path / "link" / "c.pdf"), formats=["png", "pdf"]) == ["c-2"]
+
+
+# ---- output folders of runs
+
+SETTINGS = ["SOLVER.MAX_ITER", "1", "OUTPUT_DIR", "."]
+RUNS = {
+    "train": (train, ["--config-file", "given.yaml", *SETTINGS]),
+    "evaluate": (train, ["--config-file", "given.yaml", "--eval-only", *SETTINGS]),
+    "lazy-train": (lazy_train, ["--config-file", "lazy/mask_rcnn_R50_NL.py", "train.output_dir=."]),
+    "demo": (demo, ["--config-file", "given.yaml", *SETTINGS]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_keep_files_of_no_run(name, lamps, tmp_path, monkeypatch, capsys):
+    command, arguments = RUNS[name]
+    monkeypatch.chdir(tmp_path)
+    datasets = f"DATASETS: {{TRAIN: [{lamps}], TEST: [{lamps}]}}"
+    (tmp_path / "given.yaml").write_text(f"_BASE_: {CONFIG}\n{datasets}\n")
+    names = ["config.yaml", "log.txt"]
+    if name != "evaluate":
+        names += ["metrics.json", "model_final.pth"]
+    if name == "demo":
+        names += ["coco_eval.txt", "attention"]
+    for file in names:
+        (tmp_path / file).write_text("_BASE_: of the user")
+        before = contents(tmp_path)
+        with pytest.raises(SystemExit, match=f"{file}' would be overwritten, and '.' is not the"):
+            command.main(arguments)
+        assert contents(tmp_path) == before
+        (tmp_path / file).unlink()
+
+
+def test_folders_of_runs_are_known_by_their_configs(tmp_path):
+    folder = str(tmp_path)
+    (tmp_path / "model_final.pth").touch()
+    (tmp_path / "log.txt").touch()
+    with pytest.raises(FileExistsError, match="log.txt"):
+        check_run_folder(folder, eval_only=True)
+    check_run_folder(folder, resume=True)  # its config may not have been copied
+    cfg = load_config(str(CONFIG))
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    check_run_folder(folder)
+    (tmp_path / "config.yaml").write_text("SOLVER: {}\nINPUT: {}\nVERSION: 2\n")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="config.yaml"):
+            check_run_folder(folder, resume=resume)
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(FileExistsError, match="config.yaml"):
+        check_run_folder(folder)
 
 
 # ---- output files themselves

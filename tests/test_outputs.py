@@ -1,8 +1,8 @@
 """Every command leaves the files that it did not write as they are.
 
 Mutations tried by hand; each makes at least one test here fail: a check left out, for any command;
-an earlier output that was changed taken for one; a name that is that of an input; drafts left
-behind; a list shared by commands.
+an earlier output that was changed taken for one; a name that is that of an input; files that appear
+meanwhile overwritten; a list shared by commands.
 """
 
 from __future__ import annotations

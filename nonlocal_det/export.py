@@ -28,6 +28,7 @@ from .config import load_config
 from .engine import check_dataset_registered
 from .engine.model_check import prepare_inference_cfg
 from .utils.file_io import ensure_writable_dir
+from .utils.outputs import CommandOutputs
 
 FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx"}  # and the name of the file
 METHODS = ("tracing", "scripting")
@@ -74,7 +75,8 @@ def export_and_compare(
         A line when the file is written, and one per image that was compared.
 
     Raises:
-        OSError: If a file is missing, or the folder is not writable.
+        OSError: If a file is missing, if the folder is not writable, or if it has a file of that
+            name that is no earlier export.
         ValueError: If the model cannot be exported, or the file's results differ from its own.
     """
     if (file_format, method) == ("onnx", "scripting"):
@@ -84,13 +86,15 @@ def export_and_compare(
         raise ValueError(
             f"The export to ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}."
         )
+    outputs, path = CommandOutputs("export"), os.path.join(output, FORMATS[file_format])
+    outputs.check(path)
     cfg = load_config(config_file, options)
     prepare_inference_cfg(cfg)
     image = load_sample(cfg, sample_image)
     model = load_model(cfg)
     ensure_writable_dir(output)
-    path = os.path.join(output, FORMATS[file_format])
-    exported = export(model, image, method, path)
+    with outputs.drafts(output) as drafts:
+        exported = export(model, image, method, os.path.join(drafts, os.path.basename(path)))
     yield f"Wrote {path}."
     for sample in (image, transposed(image)):
         yield compare_outputs(detections(model, sample), exported(sample), sample)

@@ -22,9 +22,9 @@ from tiny_training import write_short_lamps
 
 from nonlocal_det.ablation.distance_ap import ap_by_distance
 from nonlocal_det.ablation.receptive_field import receptive_field_radius
-from nonlocal_det.ablation.runs import RESULT
-from nonlocal_det.ablation.statistics import paired_difference, tables
-from nonlocal_det.ablation.suite import read_suite
+from nonlocal_det.ablation.runs import RESULT, check_suite, train
+from nonlocal_det.ablation.statistics import paired_difference, t_quantile, tables
+from nonlocal_det.ablation.suite import Suite, read_suite
 from nonlocal_det.cli.ablate import main
 from nonlocal_det.config import load_config
 from nonlocal_det.data import ensure_dataset, register_lamps
@@ -144,7 +144,7 @@ def test_a_paired_difference_by_hand() -> None:
     """Differences 1, 2, 6: mean 3, deviation sqrt(7), t(2) = 4.303."""
     found = paired_difference({1: 11, 2: 22, 3: 36, 9: 0}, {3: 30, 2: 20, 1: 10, 7: 5})
     half = 4.303 * math.sqrt(7) / math.sqrt(3)
-    assert (found.mean, found.low, found.high) == pytest.approx((3, 3 - half, 3 + half))
+    assert (found.mean, found.low, found.high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-3)
     assert str(found) == "+3.0 [-3.6, +9.6]"
 
 
@@ -155,7 +155,14 @@ def test_one_pair_has_no_interval() -> None:
         paired_difference({1: 5.0}, {2: 4.0})
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5, 11])
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.706), (2, 4.303), (11, 2.201), (12, 2.179), (30, 2.042), (100, 1.984)]
+)
+def test_quantiles_are_those_of_printed_tables(freedom: int, t: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(t, abs=5e-4)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 11, 12, 30])
 def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
     rng = np.random.default_rng(seeds)
     held, trials = 0, 4000
@@ -195,6 +202,18 @@ def test_every_run_of_a_shipped_suite_can_be_built(file: Path) -> None:
         ({"seedz": [1]}, "'seedz'"),
         ({"config": "no_such.yaml"}, "no_such.yaml"),
         ({"seeds": []}, "seeds"),
+        ({"seeds": "12"}, "'12'; they must be a list of integers"),
+        ({"seeds": [1, True]}, "they must be a list of integers"),
+        ({"seeds": [1, 2, 1]}, "would share the folder"),
+        ({"tasks": {"far": None}}, "'far' among the tasks .* is None; it must be the options"),
+        ({"tasks": {7: {}}}, "7 among the tasks .* cannot name a folder"),
+        ({"variants": {"stock": {}, "../x": {}}}, "'../x' among the variants"),
+        ({"variants": {"stock": {}, "..": {}}}, "'..' among the variants"),
+        (
+            {"variants": {"stock": {}, "a b": {}, "a_b": {}}},
+            "would share the folder 'far/a_b/seed1': .*'a b'.*'a_b'",
+        ),
+        ({"variants": {"stock": {}, "Stock": {}}}, "would share the folder"),
     ],
 )
 def test_a_wrong_suite_says_so(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -209,6 +228,91 @@ def test_a_wrong_suite_says_so(change: dict[str, Any], said: str, tmp_path: Path
     file.write_text(yaml.safe_dump({**content, **change}))
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         read_suite(str(file))
+
+
+# ---- folders of runs
+
+
+@pytest.fixture
+def suite_of_one_run(tmp_path: Path) -> dict[str, Any]:
+    """Content of a suite of one run, which would fail if it were trained."""
+    return {
+        "config": str(CONFIG),
+        "seeds": [1],
+        "baseline": "stock",
+        "tasks": {"near": {"DATASETS.TRAIN": [], "DATASETS.TEST": []}},
+        "variants": {"stock": {"MODEL.WEIGHTS": "missing.pth"}},
+    }
+
+
+def write_suite(folder: Path, content: dict[str, Any]) -> Suite:
+    file = folder / "suite.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return read_suite(str(file))
+
+
+def leave_finished_run(suite: Suite, output: Path) -> dict[str, Any]:
+    """Write what a finished training leaves: its configuration, as set up, and a result."""
+    (run,) = suite.runs()
+    folder = output / run.folder
+    folder.mkdir(parents=True)
+    cfg = load_config(suite.config, [*run.options, "OUTPUT_DIR", str(folder)])
+    cfg.MODEL.DEVICE = "cpu"
+    (folder / "config.yaml").write_text(cfg.dump())
+    result = {"task": run.task, "variant": run.variant, "seed": run.seed}
+    (folder / RESULT).write_text(json.dumps(result))
+    return result
+
+
+def test_finished_runs_of_the_same_configuration_are_kept(tmp_path, suite_of_one_run) -> None:
+    suite = write_suite(tmp_path, suite_of_one_run)
+    result = leave_finished_run(suite, tmp_path)
+    assert train(suite, suite.runs()[0], str(tmp_path), 1) == result
+
+
+def test_runs_of_another_configuration_are_refused(tmp_path, suite_of_one_run, capsys) -> None:
+    """Also unfinished ones: they would resume from a checkpoint of the other."""
+    suite = write_suite(tmp_path, suite_of_one_run)
+    leave_finished_run(suite, tmp_path)
+    base = tmp_path / "base.yaml"
+    base.write_text(f"_BASE_: {CONFIG}\nSOLVER: {{BASE_LR: 0.125}}\n")
+    option = {"stock": {**suite_of_one_run["variants"]["stock"], "SOLVER.MAX_ITER": 7}}
+    changes = [
+        ({"config": str(base)}, r"SOLVER.BASE_LR was [\d.]+, is 0.125"),
+        ({"variants": option}, r"SOLVER.MAX_ITER was \d+, is 7"),
+    ]
+    for _ in ("finished", "unfinished"):
+        for change, said in changes:
+            changed = write_suite(tmp_path, {**suite_of_one_run, **change})
+            said = f"near/stock/seed1' has a run of another configuration: {said}. Move it"
+            with pytest.raises(ValueError, match=said):
+                train(changed, changed.runs()[0], str(tmp_path), 1)
+            with pytest.raises(SystemExit, match=said):
+                main(["--suite", changed.file, "--output", str(tmp_path)])
+        (tmp_path / suite.runs()[0].folder / RESULT).unlink(missing_ok=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_files_of_no_run_are_kept(tmp_path, suite_of_one_run) -> None:
+    suite = write_suite(tmp_path, suite_of_one_run)
+    folder = tmp_path / suite.runs()[0].folder
+    folder.mkdir(parents=True)
+    check_suite(suite, str(tmp_path))
+    for name in ("output.txt", RESULT, "metrics.json"):
+        (folder / name).write_text("of the user")
+        with pytest.raises(SystemExit, match="near/stock/seed1' has files that are of no run"):
+            main(["--suite", suite.file, "--output", str(tmp_path)])
+        assert [f.name for f in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == "of the user"
+        (folder / name).unlink()
+
+
+def test_a_run_that_ended_at_once_starts_again(tmp_path, suite_of_one_run) -> None:
+    suite = write_suite(tmp_path, suite_of_one_run)
+    folder = tmp_path / suite.runs()[0].folder
+    folder.mkdir(parents=True)
+    (folder / "output.txt").write_text("$ python -m nonlocal_det train\n")
+    check_suite(suite, str(tmp_path))
 
 
 # ---- a study
@@ -243,6 +347,8 @@ def test_a_study_from_training_to_tables(
         assert {"bbox/AP", "bbox/AP50"} <= run["metrics"].keys()
         assert sum(r["count"] for r in run["by_distance"]) == len(validation["annotations"])
         assert run["run"]["seed"] == 1 and run["run"]["command"]
+        folder = output / "near" / run["variant"].replace(" ", "_") / "seed1"
+        assert (folder / "output.txt").read_text().startswith("$ ")
     stock, block = report["costs"]["stock"], report["costs"]["one block"]
     # theta, phi, g and out of 256 channels, 128 inner, with their biases.
     assert block["parameters"] - stock["parameters"] == 4 * 256 * 128 + 3 * 128 + 256
@@ -250,6 +356,14 @@ def test_a_study_from_training_to_tables(
     assert (output / "distance.png").stat().st_size > 10_000
     assert (output / "tables.md").read_text() == tables(report)
     assert "one block" in capsys.readouterr().out
+
+    # Another suite's files are not overwritten, nor its runs taken for this one's.
+    content["variants"]["one block"]["SOLVER.BASE_LR"] = 0.5
+    suite.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(SystemExit, match="SOLVER.BASE_LR was .*, is 0.5"):
+        main(arguments)
+    del content["variants"]["one block"]["SOLVER.BASE_LR"]
+    suite.write_text(yaml.safe_dump(content, sort_keys=False))
 
     results = sorted(output.rglob(RESULT))
     times = [file.stat().st_mtime_ns for file in results]

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.model_zoo import get_config_file
-from detectron2.modeling import Backbone, build_model
-from detectron2.structures import ImageList
+from detectron2.modeling import Backbone, GeneralizedRCNNWithTTA, build_model
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes, ImageList
 from matplotlib.figure import Figure
 
 from nonlocal_det import NonLocalBlock, add_nonlocal_config, attention
@@ -377,6 +378,76 @@ def test_c4_heads_are_recorded_on_their_detections():
     grid, width = recorder.grid("roi_heads.res5.nl0", roi_index=0), float(boxes[0, 2] - boxes[0, 0])
     assert grid.columns == grid.rows == 4
     assert grid.cell_width == pytest.approx(width * 2 / 7, rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ordinary_call_before", [False, True])
+def test_parts_of_a_model_are_not_recorded_as_a_call_of_it(detector, ordinary_call_before):
+    """Neither old RoIs nor old image sizes are taken for those of the call."""
+    small, large = random_inputs((100, 60)), random_inputs((200, 150))
+    augmentation = get_cfg()
+    augmentation.TEST.AUG.MIN_SIZES, augmentation.MODEL.MASK_ON = (64,), True
+    calls = [
+        lambda: detector.inference(large, do_postprocess=False),
+        lambda: detector.backbone(detector.preprocess_image(large).tensor),
+        lambda: detector.backbone.non_local["p3"](torch.zeros(1, 32, 8, 8)),
+        lambda: GeneralizedRCNNWithTTA(augmentation, detector)(large),
+    ]
+    for call in calls:
+        with AttentionRecorder(detector) as recorder:
+            if ordinary_call_before:
+                detector(small)
+            call()
+        assert "backbone.non_local.p3" in recorder.recorded_blocks
+        for ask in (recorder.roi_boxes, recorder.grid):
+            with pytest.raises(ValueError, match="sizes of the recorded images are unknown"):
+                ask("backbone.non_local.p3")
+        with recorder:
+            detector(small)
+        assert recorder.roi_boxes("backbone.non_local.p3") is None
+        assert recorder.attention_maps("backbone.non_local.p3", [(9, 9)]).shape == (1, 60, 100)
+
+
+@torch.no_grad()
+def test_a_call_that_fails_is_over(detector):
+    inputs = random_inputs((100, 60))
+    with AttentionRecorder(detector) as recorder:
+        with pytest.raises(RuntimeError):
+            detector([{**inputs[0], "image": torch.zeros(7, 60, 100)}])
+        detector.inference(inputs)
+    with pytest.raises(ValueError, match="sizes of the recorded images are unknown"):
+        recorder.grid("backbone.non_local.p3")
+
+
+@torch.no_grad()
+def test_arguments_may_have_their_names(detector):
+    inputs = random_inputs((100, 60))
+    name, maps = "backbone.non_local.p3", []
+    for arguments in (((inputs,), {}), ((), {"batched_inputs": inputs})):
+        with AttentionRecorder(detector) as recorder:
+            detector(*arguments[0], **arguments[1])
+        maps.append(recorder.attention_maps(name, [(9, 9)]))
+    np.testing.assert_array_equal(*maps)
+    block, x = NonLocalBlock(8).eval(), torch.randn(2, 8, 5, 6)
+    mask = torch.rand(2, 5, 6) > 0.3
+    with AttentionRecorder(block) as recorder:
+        block(mask=mask, x=x)
+    assert torch.equal(recorder._call.block_call("").mask, mask)
+    pooler = ROIPooler(4, [1.0], 0, "ROIAlignV2")
+    with AttentionRecorder(nn.Sequential(pooler)) as recorder:
+        pooler(box_lists=[Boxes(torch.tensor([[0.0, 0, 4, 4]]))], x=[x[:1]])
+    assert recorder._call.rois.boxes[0].tolist() == [[0, 0, 4, 4]]
+
+
+def test_inputs_of_a_model_without_a_backbone_must_be_a_tensor():
+    class Model(nn.Sequential):
+        def forward(self, inputs):
+            return super().forward(inputs[0]["image"][None])
+
+    with torch.no_grad(), AttentionRecorder(Model(NonLocalBlock(3))) as recorder:
+        recorder._model([{"image": torch.randn(3, 8, 8)}])
+    with pytest.raises(ValueError, match="size of the padded batch is unknown"):
+        recorder.attention_maps("0", [(1, 1)])
 
 
 def test_model_without_detections_or_blocks():

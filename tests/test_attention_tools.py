@@ -9,22 +9,30 @@ ignored; 16 bits truncated; a former option that sets nothing.
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.modeling import Backbone
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from nonlocal_det import NonLocalBlock
-from nonlocal_det.attention import AttentionRecorder
-from nonlocal_det.attention.hook import AttentionHook, output_weight_rms
+from nonlocal_det.attention import AttentionRecorder, queries_from_instances
+from nonlocal_det.attention.hook import (
+    AttentionHook,
+    _largest_object_query,
+    output_weight_rms,
+)
 from nonlocal_det.attention.image_io import expand_inputs, is_video, read_image_rgb, read_video
 from nonlocal_det.attention.statistics import (
     AttentionStats,
@@ -33,6 +41,7 @@ from nonlocal_det.attention.statistics import (
     mean_stats,
     relative_entropy,
 )
+from nonlocal_det.attention.visualizer import AttentionVisualizer, matching_metadata
 from nonlocal_det.cli import measure_attention, visualize
 from nonlocal_det.config import load_config
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
@@ -77,6 +86,9 @@ def save(path, kind: str) -> None:
         image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
     elif kind == "16 bit":
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
+    elif kind in ("I of 16 bit", "I of 32 bit"):
+        factor = 257 if "16" in kind else 2**23
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.int32) * factor).save(path)
     elif kind == "transparent":
         array = np.dstack([colors(), np.full((40, 60), 255, np.uint8)])
         array[:20, :30, 3] = 0
@@ -100,6 +112,9 @@ def save(path, kind: str) -> None:
         ("L", "a.png", (81,) * 3, (83,) * 3),
         ("16 bit", "a.png", (81,) * 3, (83,) * 3),
         ("F", "a.tiff", (81 * 255 / 83,) * 3, (255,) * 3),
+        ("I", "a.tiff", (81,) * 3, (83,) * 3),
+        ("I of 16 bit", "a.tiff", (81,) * 3, (83,) * 3),
+        ("I of 32 bit", "a.tiff", (81,) * 3, (83,) * 3),
     ],
 )
 def test_images_of_all_kinds_are_read_as_displayed(tmp_path, kind, name, top_left, bottom_right):
@@ -142,6 +157,11 @@ def test_files_are_found_in_folders_and_by_patterns(tmp_path):
     assert [is_video(path) for path in ("a.MP4", "a.jpg")] == [True, False]
 
 
+def made(folder) -> list[str]:
+    """Names of the output files in a folder."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
 def visualize_untrained(*arguments: object) -> int:
     """Run the command on an untrained model, and return its exit code."""
     return visualize.main(
@@ -162,12 +182,26 @@ def test_files_that_cannot_be_drawn_are_skipped(tmp_path, capsys):
     options += ("--format", "png", "pdf", "--html")
     assert visualize_untrained("--input", inputs, "--output", output, *options) == 1
     stems = ("exif", "pixel", "rgb", "rgb-2")
-    assert sorted(os.listdir(output)) == sorted(
+    assert made(output) == sorted(
         f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf", "html")
     )
     printed, errors = capsys.readouterr()
     assert len([line for line in printed.splitlines() if line.startswith(str(output))]) == 12
     assert "skipped: " in errors and "broken.jpg' cannot be read as an image" in errors
+
+
+def test_the_model_gets_images_as_in_training(tmp_path):
+    """However they are displayed."""
+    cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu"])
+    given, mapper = [], DatasetMapper(cfg, is_train=False)
+    visualizer = AttentionVisualizer(cfg, confidence_threshold=1.1)
+    visualizer._predictor.model.register_forward_pre_hook(lambda _, args: given.extend(args[0]))
+    kinds = {"RGB": "png", "exif": "jpg", "16 bit": "png", "transparent": "png", "I": "tiff"}
+    for kind, ending in kinds.items():
+        path = str(tmp_path / f"{kind}.{ending}")
+        save(path, kind)
+        visualizer.visualize(path, str(tmp_path / "out"))
+        assert torch.equal(given.pop()["image"].byte(), mapper({"file_name": path})["image"])
 
 
 def test_points_and_no_detection(tmp_path, capsys):
@@ -176,11 +210,11 @@ def test_points_and_no_detection(tmp_path, capsys):
     files = ("--input", tmp_path / "a.png", tmp_path / "small.png", "--output", tmp_path / "out")
     # The point lies outside the second image.
     assert visualize_untrained(*files, "--point", "55,30", "--point", "1,1", "--html") == 1
-    assert sorted(os.listdir(tmp_path / "out")) == ["a.html", "a.png"]
+    assert made(tmp_path / "out") == ["a.html", "a.png"]
     assert "The point (55, 30) lies outside: x goes from 0 to 20" in capsys.readouterr().err
     # No detection: the image alone.
     assert visualize_untrained(*files, "--confidence-threshold", 1.1) == 0
-    assert "small.png" in os.listdir(tmp_path / "out")
+    assert made(tmp_path / "out") == ["a.html", "a.png", "small.png"]
 
 
 def test_video_becomes_a_video(tmp_path):
@@ -328,6 +362,74 @@ def test_command_measures_a_dataset(tmp_path, lamps, capsys):
     assert "backbone.non_local.p4" in capsys.readouterr().out
 
 
+def one_instance(class_id: int) -> Instances:
+    return Instances(
+        (40, 60),
+        pred_boxes=Boxes(torch.tensor([[5.0, 5, 25, 25]])),
+        scores=torch.tensor([0.9]),
+        pred_classes=torch.tensor([class_id]),
+    )
+
+
+def test_classes_without_a_name_have_their_number():
+    for class_id, name in ((1, "two"), (2, "class 2")):
+        (query,) = queries_from_instances(one_instance(class_id), ["one", "two"])
+        assert query.label == f"1 {name} 90%"
+
+
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "RetinaNet"])
+def test_names_are_those_of_as_many_classes_and_keypoints(architecture):
+    cfg = load_config(CONFIG, ["MODEL.META_ARCHITECTURE", architecture])
+    node = cfg.MODEL.RETINANET if architecture == "RetinaNet" else cfg.MODEL.ROI_HEADS
+    cfg.DATASETS.TEST, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = ("lamps_val",), 17
+    for node.NUM_CLASSES, expected in ((3, ["amber", "teal", "violet"]), (2, None), (5, None)):
+        assert matching_metadata(cfg).get("thing_classes") == expected
+    cfg.DATASETS.TEST, node.NUM_CLASSES = ("keypoints_coco_2017_val",), 1
+    metadata = matching_metadata(cfg)
+    assert metadata.thing_classes == ["person"] and len(metadata.keypoint_names) == 17
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 18
+    assert matching_metadata(cfg).get("keypoint_names") is None
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = ()
+    assert matching_metadata(cfg).get("thing_classes") is None
+
+
+def test_model_of_more_classes_than_names_is_drawn(tmp_path, capsys):
+    """Untrained, it predicts some of the classes that have no name."""
+    save(tmp_path / "a.png", "RGB")
+    files = ["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
+    options = ["--confidence-threshold", "0", "--color-by-class", "--config-file", CONFIG]
+    assert visualize.main([*files, *options, "MODEL.ROI_HEADS.NUM_CLASSES", "90"]) == 0
+    assert made(tmp_path / "out") == ["a.png"]
+
+
+def test_commands_take_custom_datasets(tmp_path, capsys):
+    """One is corrected: the image of a missing file is left out."""
+    folder = str(tmp_path / "custom")
+    write_dataset(folder, "val", 2)
+    json_file, images = annotation_file(folder, "val"), image_root(folder, "val")
+    os.remove(os.path.join(images, sorted(os.listdir(images))[0]))
+    before = sorted(map(str, tmp_path.rglob("custom/**/*")))
+    given = ["--config-file", CONFIG, "--val-json", json_file, "--val-images", images]
+    given += ["--output", str(tmp_path / "out")]
+    assert measure_attention.main([*given, "--num-queries", "2"]) == 0
+    assert made(tmp_path / "out") == ["attention.csv", "attention.png"]
+    image = os.path.join(images, sorted(os.listdir(images))[0])
+    assert visualize.main([*given, "--input", image]) == 0
+    assert MetadataCatalog.get("custom_val").thing_classes == ["amber", "teal", "violet"]
+    DatasetCatalog.remove("custom_val")
+    MetadataCatalog.remove("custom_val")
+    assert sorted(map(str, tmp_path.rglob("custom/**/*"))) == before
+    for wrong, message in (
+        (["--val-images", images], "--val-images needs --val-json"),
+        (["DATASETS.TEST", "('custom_train',)"], "pass --train-json"),
+        (["DATASETS.TEST", "()", "DATASETS.TRAIN", "()"], "give --dataset or --val-json"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            measure_attention.main(
+                ["--output", str(tmp_path / "out"), "--config-file", CONFIG, *wrong]
+            )
+
+
 class Storage(EventStorage):
     """Keeps every scalar and image that is put into it."""
 
@@ -382,6 +484,71 @@ def test_hook_writes_and_does_not_affect_training(tmp_path, lamps, monkeypatch):
     assert sorted(written) == sorted((step, key) for step in (1, 2) for key in keys)
     # After two iterations the block has begun to learn.
     assert written[1, f"{name}/residual_ratio"] > 0 and written[1, f"{name}/output_weight_rms"] > 0
+
+
+@pytest.mark.parametrize(
+    "boxes, expected",
+    [
+        ([], (30, 20, None)),
+        # The larger one reaches beyond the image, where its center is; x0, y0, width, height.
+        ([(2, 4, 10, 10), (50, 10, 90, 20)], (55, 20, (50, 10, 60, 30))),
+        ([(-90, -90, 95, 96)], (2.5, 3, (0, 0, 5, 6))),
+        # No box is in the image.
+        ([(70, 10, 20, 20), (5, 5, 0, 30)], (30, 20, None)),
+    ],
+)
+def test_monitored_point_lies_in_the_image(boxes, expected):
+    annotations = [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS} for box in boxes]
+    query = _largest_object_query({"annotations": annotations}, colors())
+    assert (*query.point, query.box) == expected
+
+
+class TinyBackbone(Backbone):
+    def __init__(self):
+        super().__init__()
+        self.block = NonLocalBlock(3)
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class TinyModel(nn.Module):
+    """A model with a block, which fails if it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.failing = TinyBackbone(), False
+
+    def forward(self, inputs):
+        if self.failing:
+            raise IndexError("of the model")
+        return [self.backbone(each["image"][None].float()) for each in inputs]
+
+
+def monitored(cfg, model, num_images: int = 3) -> tuple[AttentionHook, Storage]:
+    """A hook that has written once, and what it wrote."""
+    hook, storage = AttentionHook(cfg, 1, num_images), Storage(0)
+    hook.trainer = SimpleNamespace(model=model, storage=storage, iter=0, max_iter=1)
+    hook.before_train()
+    hook.after_step()
+    return hook, storage
+
+
+def test_monitoring_never_ends_a_run(lamps, caplog, monkeypatch):
+    """Nor does it change the model's mode, or numpy's random numbers."""
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+    cfg, model = load_config(CONFIG, ["DATASETS.TEST", (lamps,)]), TinyModel()
+    assert len(monitored(cfg, model)[1].images) == 3 and caplog.text == ""
+    model.failing, state = True, np.random.get_state()[1].tolist()
+    assert monitored(cfg, model)[1].images == [] and model.training
+    assert "of iteration 1 cannot be monitored: IndexError: of the model." in caplog.text
+    for name in ("()", "('no_such_dataset',)"):
+        caplog.clear()
+        hook, storage = monitored(load_config(CONFIG, ["DATASETS.TEST", name]), TinyModel())
+        assert hook._samples == storage.images == storage.scalars == []
+        assert "attention is to be monitored cannot be read: " in caplog.text
+    assert np.random.get_state()[1].tolist() == state
 
 
 @pytest.mark.parametrize("norm", ["", "BN"])

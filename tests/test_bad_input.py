@@ -23,6 +23,7 @@ from typing import Any, Callable, Union
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tool_process import run_tool
@@ -79,6 +80,7 @@ def write_files(root: Path) -> None:
     (root / "output").mkdir()
     for name in ("config.yaml", "log.txt", "model_final.pth", "metrics.json", "last_checkpoint"):
         (root / "output" / name).write_text(f"an earlier run's {name}")
+    (root / "output" / "config.yaml").write_text(get_cfg().dump())
     for name, text in {
         "broken.yaml": "MODEL: [1, 2\n  DEVICE: cpu",
         "list.yaml": "- 1\n- 2",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import OURS, renamed, zoo_config
 from tool_process import run_tool
 
 from nonlocal_det.benchmark import detector
@@ -104,6 +105,25 @@ def test_a_training_step_changes_no_weight():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     detector.train_step(model, detector.random_input((64, 96), 3))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "COCO-Detection/rpn_R_50_FPN_1x.yaml",
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+        "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+    ],
+)
+def test_detectors_of_all_kinds_can_be_measured(path, tmp_path):
+    cfg = zoo_config(path, ["MODEL.NONLOCAL.POSITIONS", ["res4[-2]"]])
+    # With frozen statistics, which fit no data, keypoint heatmaps would overflow.
+    groups = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 32]
+    cfg.merge_from_list(["MODEL.RESNETS.NORM", "GN", *groups])
+    (tmp_path / "tiny.yaml").write_text(renamed(cfg, OURS).dump())
+    lines = list(detector.time_detector(str(tmp_path / "tiny.yaml"), (64, 96), 1, "cpu"))
+    assert [line.split()[0] for line in lines] == ["inference", "training"]
 
 
 @pytest.mark.slow

@@ -214,6 +214,41 @@ def test_python_without_venv_is_told_what_to_install(bootstrap, monkeypatch):
         bootstrap.require_python((3, 11))
 
 
+@pytest.mark.parametrize("name", [".", "", "..", "tests", "nonlocal_det", "Makefile", "tools/.."])
+def test_folder_of_the_project_is_no_place_for_an_environment(
+    bootstrap, monkeypatch, capsys, tmp_path, name
+):
+    project = tmp_path / "project"
+    for folder in ("tests", "nonlocal_det", "tools"):
+        (project / folder).mkdir(parents=True)
+        (project / folder / "a.py").touch()
+    (project / "Makefile").touch()
+    monkeypatch.setattr(bootstrap, "ROOT", project)
+    monkeypatch.setattr(bootstrap, "set_up", lambda venv: pytest.fail(str(venv)))
+    before = sorted(tmp_path.rglob("*"))
+    for _ in ("without", "with an environment in it"):
+        assert bootstrap.main(["--venv", name]) == 1
+        assert "is no environment; name a new folder" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+        (project / "pyvenv.cfg").touch()
+        before = sorted(tmp_path.rglob("*"))
+
+
+def test_environments_and_new_folders_are_places_for_one(bootstrap, monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setattr(bootstrap, "set_up", taken.append)
+    for name, file in (("new", None), ("empty", ""), ("other", "pyvenv.cfg"), ("ours", None)):
+        if file is not None:
+            (tmp_path / name).mkdir()
+        if file:
+            (tmp_path / name / file).touch()
+        if name == "ours":
+            (tmp_path / name).mkdir()
+            bootstrap.write_stamp(tmp_path / name, "unfinished")
+        assert bootstrap.main(["--venv", str(tmp_path / name)]) == 0
+    assert taken == [tmp_path / name for name in ("new", "empty", "other", "ours")]
+
+
 def test_half_made_environment_is_emptied_and_a_foreign_one_moved_aside(bootstrap, tmp_path):
     venv = tmp_path / "venv"
     (venv / "lib" / "torch").mkdir(parents=True)

@@ -7,16 +7,19 @@ checksums; writing a file in place.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import resource
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_training import Workspace, limit
 
 from nonlocal_det.checkpoint.atomic_checkpoint import is_intact
+from nonlocal_det.engine.hooks import TrainingErrorHook
 from nonlocal_det.utils.file_io import atomic_write
 
 
@@ -50,6 +53,26 @@ def assert_kept(workspace: Workspace, output: str, said: str, checkpoint: str) -
     assert all(torch.isfinite(weight).all() for weight in weights)
     assert not (folder / "model_final.pth").exists()
     assert not list(folder.glob("*.tmp"))
+
+
+class Lossy(torch.nn.Module):
+    """A model whose loss is given with its images."""
+
+    def forward(self, batched_inputs):
+        return {"loss": batched_inputs[0]["loss"]}
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_model_may_be_called_by_the_name_of_its_argument(by_name: bool) -> None:
+    model, hook = Lossy(), TrainingErrorHook()
+    hook.trainer = SimpleNamespace(model=model)
+    hook.before_train()
+    images = [{"file_name": "a.jpg", "loss": torch.tensor(math.nan)}]
+    with pytest.raises(FloatingPointError, match="The loss is not finite: loss nan"):
+        model(batched_inputs=images) if by_name else model(images)
+    assert hook._images_seen() == "The last images in the model: a.jpg."
+    hook.after_train()
+    model(batched_inputs=images)
 
 
 def test_a_loss_that_is_not_finite(workspace: Workspace, begun: str) -> None:

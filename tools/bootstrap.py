@@ -55,9 +55,10 @@ def main(argv: Optional[list] = None) -> int:
     """Set up; returns the exit status."""
     parser = argparse.ArgumentParser(description="Make the project's environment.")
     parser.add_argument("--venv", default=".venv", help="its folder (default: .venv)")
-    venv = ROOT / parser.parse_args(argv).venv
+    venv = Path(os.path.abspath(str(ROOT / parser.parse_args(argv).venv)))
     try:
         require_python(sys.version_info[:2])
+        require_place(venv)
         set_up(venv)
     except SetupError as error:
         print(f"setup: error: {error}", file=sys.stderr)
@@ -81,6 +82,17 @@ def require_python(version: tuple) -> None:
         raise SetupError(
             "{} has no {}, which makes virtual environments; on Debian and Ubuntu the package "
             "python{}.{}-venv brings it".format(sys.executable, " and no ".join(missing), *version)
+        )
+
+
+def require_place(venv: Path) -> None:
+    """Refuse a folder that is, or may be, anything but an environment: it would be moved aside."""
+    if not venv.exists() or (venv / STAMP).exists():
+        return
+    is_environment = (venv / "pyvenv.cfg").is_file() or (venv.is_dir() and not any(venv.iterdir()))
+    if not is_environment or venv == ROOT or venv in ROOT.parents:
+        raise SetupError(
+            f"{venv} exists and is no environment; name a new folder: make setup VENV=.venv"
         )
 
 
@@ -154,7 +166,7 @@ def make(venv: Path, lock: int) -> None:
 def clear(venv: Path) -> None:
     """Empty the folder and put our mark there, whatever an earlier setup left in it.
 
-    A folder without the mark is somebody else's: it is moved aside, not removed.
+    An environment without the mark is somebody else's: it is moved aside, not removed.
     """
     if venv.exists() and not (venv / STAMP).exists() and any(venv.iterdir()):
         names = (f"{venv.name}.{number}" for number in itertools.count(1))

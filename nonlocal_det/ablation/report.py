@@ -22,6 +22,8 @@ from .runs import evaluate_by_distance
 from .statistics import tables
 from .suite import Suite
 
+FILES = ("results.json", "tables.md", "distance.png")
+
 
 def make_report(suite: Suite, results: Iterable[dict[str, Any]], folder: str) -> dict[str, Any]:
     """Collect a suite's results, and measure what its variants cost.
@@ -64,10 +66,11 @@ def baseline_reach(suite: Suite) -> float:
 
 
 def write_report(report: dict[str, Any], folder: str) -> None:
-    """Write results.json, tables.md and, if the suite has distances, distance.png."""
-    with atomic_write(os.path.join(folder, "results.json")) as file:
+    """Write the `FILES`; the plot, the last one, only if the suite has distances."""
+    results, text, plot = (os.path.join(folder, name) for name in FILES)
+    with atomic_write(results) as file:
         json.dump(report, file, indent=1)
-    with atomic_write(os.path.join(folder, "tables.md")) as file:
+    with atomic_write(text) as file:
         file.write(tables(report))
     if "reach" in report:
-        save_figure(distance_plot(report), os.path.join(folder, "distance.png"))
+        save_figure(distance_plot(report), plot)

@@ -1,7 +1,8 @@
 """The trainings of a suite, each a ``nonlocal-det train`` process, and their results.
 
 A run is finished when its folder has ``result.json``. One that was interrupted resumes from its
-last checkpoint, so a suite may be stopped and started at any time.
+last checkpoint, so a suite may be stopped and started at any time. Both only if the ``config.yaml``
+that training left there is today's configuration of the run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Optional
 
+import yaml
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
@@ -29,17 +32,24 @@ from .suite import Run, Suite
 
 RESULT = "result.json"
 LOG = "output.txt"
+PROMPT = b"$ "  # begins the log of a run
 TRAIN_COMMAND = (sys.executable, "-m", "nonlocal_det", "train")
 
 
-def check_suite(suite: Suite) -> str:
-    """Check, before anything is trained, that each run can start.
+def check_suite(suite: Suite, output: str) -> str:
+    """Check, before anything is trained, that each run can start, or resume.
+
+    Args:
+        suite: Suite to train.
+        output: Folder below which each run has its own.
 
     Returns:
         The device that the suite trains on.
 
     Raises:
-        ValueError: If a key, value or position does not exist.
+        ValueError: If a key, value or position does not exist, or if the folder of a run has one of
+            another configuration.
+        FileExistsError: If the folder of a run has other files.
         FileNotFoundError: If a dataset is missing.
     """
     for run in suite.runs():
@@ -47,7 +57,61 @@ def check_suite(suite: Suite) -> str:
         check_positions(cfg)
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             check_dataset_registered(name)
+        check_run_folder(os.path.join(output, run.folder), cfg)
     return cfg.MODEL.DEVICE
+
+
+def check_run_folder(folder: str, cfg: CfgNode) -> None:
+    """Check that what a run's folder holds, if anything, is of this run.
+
+    Args:
+        folder: Folder of the run.
+        cfg: Configuration of the run.
+
+    Raises:
+        ValueError: If it is a run of another configuration; the message says what differs.
+        FileExistsError: If it has other files.
+    """
+    config = os.path.join(folder, "config.yaml")
+    if not os.path.exists(folder) or _is_just_begun(folder):
+        return
+    if not os.path.isfile(config):
+        raise FileExistsError(
+            f"{folder!r} has files that are of no run; move them, or choose another --output."
+        )
+    before, now = _settings(load_config(config)), _settings(cfg)
+    differing = [
+        f"{key} was {before.get(key)!r}, is {value!r}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder!r} has a run of another configuration: {'; '.join(differing[:3])}"
+            f"{'; ...' if len(differing) > 3 else ''}. Move it, or choose another --output."
+        )
+
+
+def _is_just_begun(folder: str) -> bool:
+    """Whether a folder is empty, or a run ended before it had written its configuration."""
+    names = os.listdir(folder)
+    if names == [LOG]:
+        with open(os.path.join(folder, LOG), "rb") as log:
+            return log.read(len(PROMPT)) == PROMPT
+    return not names
+
+
+def _settings(cfg: CfgNode) -> dict[str, Any]:
+    """The value of each key that a run must not change."""
+    flat: dict[str, Any] = {}
+    pending = list(yaml.safe_load(cfg.dump()).items())
+    while pending:
+        key, value = pending.pop(0)
+        if isinstance(value, dict):
+            pending[:0] = [(f"{key}.{name}", part) for name, part in value.items()]
+        elif key not in ("OUTPUT_DIR", "MODEL.DEVICE"):
+            flat[key] = value
+    return flat
 
 
 def train_all(suite: Suite, output: str, *, jobs: int, threads: int) -> Iterator[dict[str, Any]]:
@@ -72,17 +136,27 @@ def train_all(suite: Suite, output: str, *, jobs: int, threads: int) -> Iterator
 
 
 def train(suite: Suite, run: Run, output: str, threads: int) -> dict[str, Any]:
-    """Return the result of one run, which is trained if it has none yet."""
+    """Return the result of one run, which is trained if it has none yet.
+
+    Raises:
+        ValueError: If the folder has a run of another configuration.
+        OSError: If the folder has other files, or cannot be written to.
+        RuntimeError: If the training fails.
+    """
     folder = os.path.join(output, run.folder)
+    check_run_folder(folder, load_config(suite.config, run.options))
     result = read_result(folder)
     if result is not None:
         return result
     os.makedirs(folder, exist_ok=True)
     start = time.perf_counter()
+    command = [*TRAIN_COMMAND, "--config-file", suite.config, "--resume", *run.options]
+    command += ["OUTPUT_DIR", folder]
     with open(os.path.join(folder, LOG), "ab") as log:
+        log.write(PROMPT + shlex.join(command).encode() + b"\n")
+        log.flush()
         done = subprocess.run(
-            [*TRAIN_COMMAND, "--config-file", suite.config, "--resume", *run.options]
-            + ["OUTPUT_DIR", folder],
+            command,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdout=log,
             stderr=subprocess.STDOUT,

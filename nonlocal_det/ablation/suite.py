@@ -78,7 +78,8 @@ def read_suite(file: str) -> Suite:
 
     Raises:
         FileNotFoundError: If the suite, or the configuration that it names, does not exist.
-        ValueError: If a part is missing, unknown or empty.
+        ValueError: If a part is missing, unknown, empty or of another type, or if two runs would
+            share a folder.
     """
     file = find_config_file(file)
     with open(file, encoding="utf-8") as opened:
@@ -95,5 +96,40 @@ def read_suite(file: str) -> Suite:
     config = os.path.join(os.path.dirname(file), content.pop("config"))
     if not os.path.isfile(config):
         raise FileNotFoundError(f"The suite {file!r} names {config!r}, which does not exist.")
+    _check_parts(file, content)
     seeds, distances = tuple(content.pop("seeds")), tuple(content.pop("distances", ()))
-    return Suite(file, os.path.normpath(config), seeds=seeds, distances=distances, **content)
+    suite = Suite(file, os.path.normpath(config), seeds=seeds, distances=distances, **content)
+    _check_folders(suite)
+    return suite
+
+
+def _check_parts(file: str, content: Mapping[str, Any]) -> None:
+    """Check the types of seeds, tasks and variants, and that names can be folders."""
+    seeds = content["seeds"]
+    if not isinstance(seeds, list) or not all(type(s) is int and s >= 0 for s in seeds):
+        raise ValueError(f"The seeds of {file!r} are {seeds!r}; they must be a list of integers.")
+    for part in ("tasks", "variants"):
+        for name, options in content[part].items():
+            if not isinstance(name, str) or "/" in name or name in (".", ".."):
+                raise ValueError(
+                    f"{name!r} among the {part} of {file!r} cannot name a folder; use text "
+                    f"without '/', in quotes if it is a number."
+                )
+            if not isinstance(options, dict):
+                raise ValueError(
+                    f"{name!r} among the {part} of {file!r} is {options!r}; it must be the options "
+                    f"that it changes, or {{}}."
+                )
+
+
+def _check_folders(suite: Suite) -> None:
+    """Check that every run has a folder of its own, on file systems that ignore case too."""
+    runs: dict[str, Run] = {}
+    for run in suite.runs():
+        other = runs.setdefault(run.folder.casefold(), run)
+        if other is not run:
+            names = " and ".join(f"{(r.task, r.variant, r.seed)}" for r in (other, run))
+            raise ValueError(
+                f"Two runs of the suite {suite.file!r} would share the folder {run.folder!r}: "
+                f"{names} (task, variant, seed). Rename one."
+            )

@@ -60,7 +60,7 @@ def queries_from_instances(
 
     Args:
         instances: Detections of one image.
-        names: Class names. Default: "class 0", "class 1", ...
+        names: Class names. Default, and for a class without a name: "class 0", "class 1", ...
 
     Returns:
         One query for each detection, labeled with number, class and score: "1 person 98%".
@@ -70,7 +70,7 @@ def queries_from_instances(
     scores = instances.scores.tolist()
     queries = []
     for number, (box, class_id, score) in enumerate(zip(boxes, classes, scores), start=1):
-        name = names[class_id] if names else f"class {class_id}"
+        name = names[class_id] if names and class_id < len(names) else f"class {class_id}"
         center = (float(box[0] + box[2]) / 2, float(box[1] + box[3]) / 2)
         queries.append(AttentionQuery(center, f"{number} {name} {score:.0%}", tuple(box.tolist())))
     return queries
@@ -136,7 +136,7 @@ def detection_figure(
         image: RGB uint8 image (H, W, 3), the original image.
         instances: Predictions of the recorded call for this image.
         recorder: Recorder that holds the call.
-        metadata: Metadata of the dataset, which holds the names of classes and keypoints.
+        metadata: Metadata of a dataset with the model's classes and keypoints, for their names.
         blocks: Names of the blocks to draw. Default: all recorded blocks.
         max_detections: Maximum number of detections, highest score first.
         num_arrows: Maximum number of arrows in a panel, to the keys of largest magnitude.
@@ -156,7 +156,7 @@ def detection_figure(
     colors = None
     palette = np.asarray(getattr(metadata, "thing_colors", ())) / 255
     if color_by_class and len(palette):
-        colors = [tuple(palette[class_id]) for class_id in instances.pred_classes.tolist()]
+        colors = [tuple(palette[i % len(palette)]) for i in instances.pred_classes.tolist()]
     overview = overlay_instances(
         resize_longest_side(image, OVERVIEW_LENGTH)[0],
         instances,

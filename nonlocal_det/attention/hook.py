@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import detectron2.utils.comm as comm
 import numpy as np
 import torch
+import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import HookBase
-from detectron2.evaluation import inference_context
 from detectron2.structures import BoxMode
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
+from ..errors import summarize_error
 from ..layers.base import NonLocalBase
 from ..utils.deprecation import renamed_arguments
 from .figure import AttentionQuery, attention_panel
@@ -37,11 +40,13 @@ class AttentionHook(HookBase):
     - For each image and each block outside of the heads, the attention map of the center of the
       largest annotated object, the same point every time.
 
-    Training is not affected, to the bit. Cost per write: one inference call for each image and 64
-    rows of each block's attention matrix, on the main process only.
+    Training is not affected, to the bit, and not ended by an error here, which is logged. Cost per
+    write: one inference call for each image and 64 rows of each block's attention matrix, on the
+    main process only.
 
     Args:
-        cfg: detectron2 config of the model; images are the first ones of ``DATASETS.TEST``.
+        cfg: detectron2 config of the model; images are the first ones of ``DATASETS.TEST``. If that
+            is empty, nothing is written.
         period: Number of iterations between two writes.
         num_images: Maximum number of images.
     """
@@ -59,26 +64,35 @@ class AttentionHook(HookBase):
             return
         # Resizing samples from the only size there is; the trainer's random numbers must not shift.
         state = np.random.get_state()
+        with _errors_logged("The images whose attention is to be monitored cannot be read"):
+            self._read_samples()
+        np.random.set_state(state)
+
+    def _read_samples(self) -> None:
+        if not self._cfg.DATASETS.TEST:
+            raise ValueError("DATASETS.TEST is empty")
         mapper = DatasetMapper(self._cfg, is_train=False)
         for dataset_dict in DatasetCatalog.get(self._cfg.DATASETS.TEST[0])[: self._num_images]:
             image = read_image(dataset_dict["file_name"], "RGB")
             query = _largest_object_query(dataset_dict, image)
             self._samples.append((mapper(dataset_dict), image, query))
-        np.random.set_state(state)
 
     def after_step(self) -> None:
         """Write, if it is time."""
         iteration = self.trainer.iter + 1
         if self._samples and (iteration % self._period == 0 or iteration == self.trainer.max_iter):
-            self._write()
+            # Not DistributedDataParallel: inference on one process must not wait for the others.
+            model = getattr(self.trainer.model, "module", self.trainer.model)
+            training = model.training
+            with _errors_logged(f"The attention of iteration {iteration} cannot be monitored"):
+                self._write(model.eval())
+            model.train(training)
 
-    def _write(self) -> None:
-        # Without DistributedDataParallel: inference on one process must not wait for the others.
-        model = getattr(self.trainer.model, "module", self.trainer.model)
+    def _write(self, model: nn.Module) -> None:
         recorder, storage = AttentionRecorder(model), self.trainer.storage
         scalars: dict[str, list[float]] = {}
         for index, (model_input, image, query) in enumerate(self._samples):
-            with torch.no_grad(), inference_context(model), recorder:
+            with torch.no_grad(), recorder:
                 model([model_input])
             _write_panels(storage, recorder, image, query, index)
             for tag, value in _statistics(recorder):
@@ -87,6 +101,15 @@ class AttentionHook(HookBase):
             scalars[f"{block}/output_weight_rms"] = [output_weight_rms(model.get_submodule(block))]
         for tag, values in scalars.items():
             storage.put_scalar(f"attention/{tag}", np.mean(values).item(), smoothing_hint=False)
+
+
+@contextmanager
+def _errors_logged(what: str) -> Iterator[None]:
+    """Log an error of the body, whatever it is, as a warning."""
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger("detectron2").warning(f"{what}: {summarize_error(error)}.")
 
 
 def _write_panels(
@@ -115,16 +138,21 @@ def _statistics(recorder: AttentionRecorder) -> Iterator[tuple[str, float]]:
 
 
 def _largest_object_query(dataset_dict: dict[str, Any], image: np.ndarray) -> AttentionQuery:
-    """The center of the largest annotated object, or else of the image."""
+    """The center of the largest annotated object in the image, or else of the image."""
     height, width = image.shape[:2]
+    size = np.array([width, height, width, height])
     boxes = [
-        BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        for annotation in dataset_dict.get("annotations", ())
+        np.clip(BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), 0, size).tolist()
+        for a in dataset_dict.get("annotations", ())
     ]
-    if not boxes:
+    x0, y0, x1, y1 = max(boxes, key=_area, default=(0, 0, 0, 0))
+    if not _area((x0, y0, x1, y1)) > 0:
         return AttentionQuery((width / 2, height / 2))
-    x0, y0, x1, y1 = max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
     return AttentionQuery(((x0 + x1) / 2, (y0 + y1) / 2), box=(x0, y0, x1, y1))
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def output_weight_rms(block: NonLocalBase) -> float:

@@ -16,11 +16,14 @@ IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".we
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
-def expand_inputs(inputs: Iterable[str]) -> list[str]:
+def expand_inputs(
+    inputs: Iterable[str], skip: Callable[[str], bool] = lambda path: False
+) -> list[str]:
     """Expand folders and glob patterns to files.
 
     Args:
         inputs: Paths of files, folders and glob patterns; a folder yields its images and videos.
+        skip: Whether to leave out a file that a folder or pattern yields.
 
     Returns:
         Paths without duplicates. Paths that do not exist are kept, so that reading them reports
@@ -29,12 +32,13 @@ def expand_inputs(inputs: Iterable[str]) -> list[str]:
     found: list[str] = []
     for path in map(os.path.expanduser, inputs):
         if os.path.isdir(path):
-            names = sorted(os.listdir(path))
-            found += [os.path.join(path, n) for n in names if n.lower().endswith(IMAGES + VIDEOS)]
+            files = (os.path.join(path, name) for name in sorted(os.listdir(path)))
+            found += [f for f in files if f.lower().endswith(IMAGES + VIDEOS) and not skip(f)]
         elif os.path.exists(path) or not glob.has_magic(path):
             found.append(path)
         else:
-            found += sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) or [path]
+            files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) or [path]
+            found += [file for file in files if not skip(file)]
     return list(dict.fromkeys(found))
 
 
@@ -47,7 +51,8 @@ def read_image_rgb(path: str) -> np.ndarray:
     """Read an image file as a viewer shows it.
 
     The image is rotated by its EXIF orientation, transparency is composited on white, grayscale is
-    converted to RGB, and more than 8 bits per channel are reduced to 8.
+    converted to RGB, and more than 8 bits per channel are reduced to 8: 32-bit integers by the
+    smallest of the ranges of 8, 16 and 32 bits that holds them.
 
     Args:
         path: Path of the file.
@@ -72,8 +77,12 @@ def read_image_rgb(path: str) -> np.ndarray:
 
 
 def _as_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I;16"):
         return _gray(np.asarray(image) / 257)
+    if image.mode == "I":
+        values = np.asarray(image)
+        largest = next(m for m in (2**8 - 1, 2**16 - 1, 2**31 - 1) if values.max() <= m)
+        return _gray(values * (255 / largest))
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image))
         return _gray(values * (255 / max(values.max(), 1e-12)))

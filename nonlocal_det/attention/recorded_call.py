@@ -90,17 +90,17 @@ class BlockCall:
 
 @dataclass
 class RecordedCall:
-    """One call of a model.
+    """One call of a model, or of parts of it.
 
     Attributes:
-        image_sizes: Size of each image of the batch.
-        padded: (width, height) of the padded batch in pixels.
+        image_sizes: Size of each image of the batch; None if only parts of the model were called.
+        padded: (width, height) of the padded batch in pixels; None if it is unknown.
         rois: RoIs of the latest RoI pooling.
         block_calls: Latest call of each block that ran, by name.
     """
 
-    image_sizes: list[ImageSize]
-    padded: tuple[int, int] = (0, 0)
+    image_sizes: Optional[list[ImageSize]] = None
+    padded: Optional[tuple[int, int]] = None
     rois: Optional[PooledRoIs] = None
     block_calls: dict[str, BlockCall] = field(default_factory=dict)
 
@@ -120,7 +120,13 @@ class RecordedCall:
 
         Raises:
             IndexError: If the batch has no such image.
+            ValueError: If the sizes are unknown.
         """
+        if self.image_sizes is None:
+            raise ValueError(
+                "The sizes of the recorded images are unknown: only parts of the model were "
+                "called, or none. Call the model itself, model(inputs), inside the context."
+            )
         if not 0 <= image_index < len(self.image_sizes):
             raise IndexError(
                 f"There is no image {image_index}: the recorded call has {len(self.image_sizes)}."
@@ -138,10 +144,16 @@ class RecordedCall:
         """The grid of a block's queries, over an image or over one of its RoIs.
 
         Raises:
-            ValueError: If the block is in a head and ``roi_index`` is None.
+            ValueError: If the block is in a head and ``roi_index`` is None, or if it is not and the
+                padded size is unknown.
         """
         call, size = self.block_call(block), self.image_size(image_index)
         if call.rois is None:
+            if self.padded is None:
+                raise ValueError(
+                    "The size of the padded batch is unknown: the model has no detectron2 "
+                    "Backbone, which would be called with it. Call such a model with a tensor."
+                )
             return image_grid(size_of(call.x), self.padded, size.resized, size.original)
         if roi_index is None:
             raise ValueError(f"{block} is in a head and runs on RoIs; give roi_index.")

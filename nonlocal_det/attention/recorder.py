@@ -16,6 +16,9 @@ of the grid of keys; N RoIs of an image.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Optional
 
 import numpy as np
@@ -23,6 +26,7 @@ import torch
 import torch.nn as nn
 from detectron2.modeling import Backbone
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -39,6 +43,10 @@ _CHUNK = 256
 class AttentionRecorder:
     """A context in which the calls of a model are recorded; each call replaces the previous one.
 
+    A part of a model that is called otherwise than by ``model(inputs)``, for instance by
+    ``model.inference(inputs)``, does not tell the sizes of the images: its blocks are recorded, but
+    what needs the sizes raises a ValueError.
+
     Args:
         model: A detectron2 model, called with its list of dicts; or any network with non-local
             blocks, called with a tensor (B, 3, H, W).
@@ -52,43 +60,65 @@ class AttentionRecorder:
             if isinstance(module, NonLocalBase) and module.dims == 2
         }
         self._handles: list[RemovableHandle] = []
-        self._call = RecordedCall([])
+        self._call = RecordedCall()
+        self._is_called = False  # by ``model(inputs)``, at present
 
     def __enter__(self) -> AttentionRecorder:
         modules = list(self._model.modules())
         self._attach(self._model, self._on_model)
+        after = self._model.register_forward_hook(self._after_model, always_call=True)
+        self._handles.append(after)
         # The outermost backbone gets the padded batch.
         for backbone in [m for m in modules if isinstance(m, Backbone)][:1]:
             self._attach(backbone, self._on_backbone)
         for pooler in (m for m in modules if isinstance(m, ROIPooler)):
-            self._attach(pooler, self._on_pooler)
+            self._attach(pooler, partial(self._on_pooler, pooler))
         for name, block in self._blocks.items():
-            self._attach(block, lambda _, args, name=name: self._on_block(name, *args))
+            self._attach(block, partial(self._on_block, name))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_called = False
         while self._handles:
             self._handles.pop().remove()
 
-    def _attach(self, module: nn.Module, hook: Any) -> None:
-        self._handles.append(module.register_forward_pre_hook(hook))
+    def _attach(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Call ``hook`` with the arguments of each call of the module, before it."""
 
-    def _on_model(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        images = args[0]
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            hook(*bound.args, **bound.kwargs)
+
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+
+    def _on_model(self, images: Any, *_: Any, **__: Any) -> None:
+        self._is_called = True
         self._call = RecordedCall([ImageSize.from_input(image) for image in images])
         if isinstance(images, Tensor):
             self._call.padded = size_of(images)
 
-    def _on_backbone(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._call.padded = size_of(args[0])
+    def _after_model(self, *_: Any) -> None:
+        self._is_called = False
 
-    def _on_pooler(self, pooler: ROIPooler, args: tuple[Any, ...]) -> None:
-        self._call.rois = PooledRoIs.from_pooler(pooler, args[1])
+    def _on_backbone(self, images: Tensor, *_: Any, **__: Any) -> None:
+        if not self._is_called:
+            self._call = RecordedCall()
+        self._call.padded = size_of(images)
+        self._call.rois = None
+
+    def _on_pooler(self, pooler: ROIPooler, _: list[Tensor], boxes: list[Boxes]) -> None:
+        self._part().rois = PooledRoIs.from_pooler(pooler, boxes)
 
     def _on_block(self, name: str, x: Tensor, mask: Optional[Tensor] = None) -> None:
-        # A block called after a pooler runs on its RoIs, until the next call of the model.
-        mask = self._blocks[name].resolve_mask(x, mask)
-        self._call.block_calls[name] = BlockCall(x.detach(), mask, self._call.rois)
+        # A block called after a pooler runs on its RoIs, until the next call of the backbone.
+        call, mask = self._part(), self._blocks[name].resolve_mask(x, mask)
+        call.block_calls[name] = BlockCall(x.detach(), mask, call.rois)
+
+    def _part(self) -> RecordedCall:
+        """The call that a part of the model runs in; not an earlier call of the model."""
+        if not self._is_called and self._call.image_sizes is not None:
+            self._call = RecordedCall()
+        return self._call
 
     @property
     def block_names(self) -> list[str]:
@@ -133,7 +163,8 @@ class AttentionRecorder:
         Raises:
             KeyError: If the block was not recorded; the message lists the recorded ones.
             IndexError: If the batch has no such image.
-            ValueError: If a query lies outside the image, or outside every RoI.
+            ValueError: If a query lies outside the image, or outside every RoI, or if the model was
+                not called by ``model(inputs)``.
         """
         rows = self.attention_rows(block, queries, image_index=image_index, roi_boxes=roi_boxes)
         width, height = self._call.image_size(image_index).original
@@ -308,10 +339,12 @@ class AttentionRecorder:
         module = self._blocks[block]
         x, mask = self._call.block_call(block).batch_of_one(image_index, roi_index)
         training = module.training
-        with torch.no_grad():
-            # forward() instead of a call, which would be recorded.
-            residual = module.eval().forward(x, mask) - x
-        module.train(training)
+        try:
+            with torch.no_grad():
+                # forward() instead of a call, which would be recorded.
+                residual = module.eval().forward(x, mask) - x
+        finally:
+            module.train(training)
         rows, columns = torch.as_tensor(cells[:, ::-1].copy(), device=x.device).T
         return tuple(t[0, :, rows, columns].T.float().cpu().numpy() for t in (x, residual))
 

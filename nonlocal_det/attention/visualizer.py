@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Optional
@@ -10,10 +11,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
 from matplotlib.figure import Figure
 
+from ..utils.outputs import CommandOutputs
 from ..utils.plotting import save_figure
 from .explorer import explorer_page
 from .figure import (
@@ -63,7 +67,7 @@ class AttentionVisualizer:
         color_by_class: bool = False,
     ) -> None:
         self._predictor = DefaultPredictor(cfg)
-        self._metadata = MetadataCatalog.get(next(iter(cfg.DATASETS.TEST), "__none__"))
+        self._metadata = matching_metadata(cfg)
         self._recorder = AttentionRecorder(self._predictor.model)
         self._blocks = select_blocks(self._recorder.block_names, blocks)
         self._heads_included = bool(blocks) or not points
@@ -85,7 +89,7 @@ class AttentionVisualizer:
             html: Write an explorer page of an image too.
 
         Returns:
-            Paths of the files written.
+            Paths of the files written, which are replaced if they exist.
 
         Raises:
             OSError: If a file cannot be read or written.
@@ -95,7 +99,8 @@ class AttentionVisualizer:
             self._write_video(path, f"{output_stem}.mp4")
             return [f"{output_stem}.mp4"]
         image = read_image_rgb(path)
-        instances = self._predict(image)
+        # The model gets what detectron2 reads in training, which differs for unusual files.
+        instances = self._predict(read_image(path, "BGR"))
         figure = self._figure(image, instances)
         outputs = [f"{output_stem}.{extension}" for extension in formats]
         for output in outputs:
@@ -108,10 +113,9 @@ class AttentionVisualizer:
         return outputs
 
     def _predict(self, image: np.ndarray) -> Instances:
-        """Record a call of the model, and select its detections."""
+        """Record a call of the model for a BGR image, and select its detections."""
         with self._recorder:
-            # DefaultPredictor takes BGR.
-            outputs = self._predictor(image[:, :, ::-1])
+            outputs = self._predictor(image)
         if "instances" not in outputs:
             return _no_instances(image)
         instances = outputs["instances"].to("cpu")
@@ -169,7 +173,7 @@ class AttentionVisualizer:
                 write(self._output_frame(frame))
 
     def _output_frame(self, frame: np.ndarray) -> np.ndarray:
-        instances = self._predict(frame)
+        instances = self._predict(frame[:, :, ::-1])
         queries, recorded = self._queries(instances), self._recorded_blocks()
         resized = resize_longest_side(frame, FRAME_LENGTH)[0]
         names = self._metadata.get("thing_classes")
@@ -207,6 +211,27 @@ def _no_instances(image: np.ndarray) -> Instances:
     )
 
 
+def matching_metadata(cfg: CfgNode) -> Metadata:
+    """Metadata of a config's first dataset for testing, or else for training.
+
+    Names of classes and keypoints are left out where the model has another number of them: they
+    would be those of another model.
+    """
+    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+    metadata = MetadataCatalog.get(names[0]).as_dict() if names else {}
+    is_retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    num_classes = (cfg.MODEL.RETINANET if is_retinanet else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    for key, count in (
+        ("thing_classes", num_classes),
+        ("thing_colors", num_classes),
+        ("keypoint_names", num_keypoints),
+    ):
+        if len(metadata.get(key) or ()) != count:
+            metadata.pop(key, None)
+    return Metadata(**metadata)
+
+
 def select_blocks(names: Sequence[str], parts: Optional[Sequence[str]]) -> list[str]:
     """Select blocks by parts of their names.
 
@@ -226,23 +251,44 @@ def select_blocks(names: Sequence[str], parts: Optional[Sequence[str]]) -> list[
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 
-def unique_output_stems(paths: Sequence[str], folder: str) -> list[str]:
-    """Create a different output path for each file, even if files in two folders share a name.
+def output_extensions(path: str, formats: Sequence[str], html: bool) -> list[str]:
+    """Extensions of the files that `AttentionVisualizer.visualize` writes for an input file."""
+    if is_video(path):
+        return ["mp4"]
+    return [*formats, "html"] if html else list(formats)
+
+
+def free_output_stems(
+    paths: Sequence[str],
+    folder: str,
+    outputs: CommandOutputs,
+    *,
+    formats: Sequence[str] = ("png",),
+    html: bool = False,
+) -> list[str]:
+    """Choose file names without extension for the output of each input file.
+
+    Input files, and files that are no earlier output, keep their names.
 
     Args:
         paths: Input files.
         folder: Output folder.
+        outputs: Output files of the command.
+        formats: As of `AttentionVisualizer.visualize`.
+        html: As of `AttentionVisualizer.visualize`.
 
     Returns:
-        Paths in ``folder`` without extension: "photo", "photo-2", ...
+        A different name for each file: "photo", "photo-2", ...
     """
-    taken: set[str] = set()
+    taken = {os.path.realpath(path) for path in paths}
     stems = []
     for path in paths:
-        base, number = os.path.splitext(os.path.basename(path))[0], 2
-        name = base
-        while name in taken:
-            name, number = f"{base}-{number}", number + 1
-        taken.add(name)
-        stems.append(os.path.join(folder, name))
+        base = os.path.splitext(os.path.basename(path))[0]
+        for stem in (base if number == 1 else f"{base}-{number}" for number in itertools.count(1)):
+            names = [f"{stem}.{end}" for end in output_extensions(path, formats, html)]
+            files = [os.path.join(os.path.realpath(folder), name) for name in names]
+            # Also a stem in use for other extensions: outputs of one input share one of their own.
+            if stem not in stems and taken.isdisjoint(files) and all(map(outputs.may_write, files)):
+                break
+        stems.append(stem)
     return stems

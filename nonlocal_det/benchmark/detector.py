@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -39,7 +39,7 @@ def time_detector(
         ValueError: If the configuration has a wrong key, value or position.
     """
     models = build_both(config_file, device)
-    inputs = random_input(size, models["baseline"].roi_heads.num_classes)
+    inputs = random_input(size, *num_predicted(models["baseline"]))
     for mode, run in (("inference", infer), ("training", train_step)):
         seconds: dict[str, list[float]] = {name: [] for name in models}
         for i in range(repeats + 1):
@@ -67,8 +67,24 @@ def build_both(config_file: str, device: str) -> dict[str, nn.Module]:
     return models
 
 
-def random_input(size: tuple[int, int], num_classes: int, num_objects: int = 8) -> Inputs:
-    """A batch of one image of noise with annotated squares; ``size`` is (height, width)."""
+def num_predicted(model: nn.Module) -> tuple[int, int]:
+    """Numbers of classes and of keypoints that a detector predicts; 1 where it has none."""
+    heads = getattr(model, "roi_heads", model)
+    keypoints = getattr(heads, "keypoint_head", None)
+    return getattr(heads, "num_classes", 1), getattr(keypoints, "num_keypoints", 1)
+
+
+def random_input(
+    size: tuple[int, int], num_classes: int, num_keypoints: int = 1, num_objects: int = 8
+) -> Inputs:
+    """Make a batch of one image of noise, with annotated squares.
+
+    Args:
+        size: Height and width of the image in pixels.
+        num_classes: Number of classes of the squares.
+        num_keypoints: Number of keypoints in each of them.
+        num_objects: Number of squares.
+    """
     generator = torch.Generator().manual_seed(0)
     side = min(size) // 4
     corners = torch.rand(num_objects, 2, generator=generator)
@@ -79,8 +95,14 @@ def random_input(size: tuple[int, int], num_classes: int, num_objects: int = 8) 
         mask[y0:y1, x0:x1] = True
     classes = torch.randint(num_classes, (num_objects,), generator=generator)
     truth = Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes, gt_masks=BitMasks(masks))
+    centers = (corners + side / 2)[:, None].expand(-1, num_keypoints, -1)
+    visible = torch.full((num_objects, num_keypoints, 1), 2.0)
+    truth.gt_keypoints = Keypoints(torch.cat([centers, visible], dim=2))
     image = torch.randint(256, (3, *size), generator=generator).float()
-    return [{"image": image, "instances": truth, "height": size[0], "width": size[1]}]
+    stuff = torch.zeros(size, dtype=torch.long)
+    return [
+        {"image": image, "instances": truth, "sem_seg": stuff, "height": size[0], "width": size[1]}
+    ]
 
 
 def infer(model: nn.Module, inputs: Inputs) -> None:

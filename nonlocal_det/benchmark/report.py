@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from ..utils.file_io import atomic_write
 from ..utils.plotting import save_figure
 
+FILES = ("benchmark.json", "benchmark.png")
 MIB = 2**20
 COLUMNS = "time ms", "dense", "ratio", "peak MiB", "dense", "ratio", "x floor", "x convs"
 
@@ -34,9 +35,11 @@ def machine_info(device: str, threads: int) -> dict[str, object]:
 
 
 def processor_name() -> str:
-    """Model name of the CPU."""
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    """Model name of the CPU where the system tells it, or else its architecture."""
+    names = []
+    if os.path.isfile("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
@@ -102,7 +105,8 @@ def _num_positions(row: Row) -> int:
 
 
 def write_results(folder: str, machine: dict[str, object], rows: Sequence[Row]) -> None:
-    """Write ``benchmark.json`` and ``benchmark.png`` into an existing folder."""
-    with atomic_write(os.path.join(folder, "benchmark.json")) as file:
+    """Write the `FILES` into an existing folder."""
+    table, plot = (os.path.join(folder, name) for name in FILES)
+    with atomic_write(table) as file:
         json.dump({"machine": machine, "rows": list(rows)}, file, indent=2)
-    save_figure(results_plot(rows), os.path.join(folder, "benchmark.png"))
+    save_figure(results_plot(rows), plot)

@@ -3,8 +3,8 @@
     nonlocal-det ablate --suite ablation/lamps_cpu --output output/lamps_cpu
 
 Finished runs are kept, and an interrupted one resumes from its last checkpoint: the command may be
-stopped and started at any time. It writes results.json, tables.md and, if the suite has distances,
-distance.png.
+stopped and started at any time. Runs of another configuration are refused. It writes results.json,
+tables.md and, if the suite has distances, distance.png.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import os
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from ..ablation.report import make_report, write_report
+from ..ablation.report import FILES, make_report, write_report
 from ..ablation.runs import check_suite, train_all
 from ..ablation.statistics import tables
 from ..ablation.suite import read_suite
 from ..errors import exit_on_error
+from ..utils.file_io import ensure_writable_dir
+from ..utils.outputs import CommandOutputs
 from . import program_name
 
 
@@ -54,21 +56,31 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train, measure and report."""
     args = parse_args(argv)
+    outputs = CommandOutputs("ablate")
     with exit_on_error():
         suite = read_suite(args.suite)
-        device = check_suite(suite)
-    jobs = args.jobs or (1 if device == "cuda" else len(os.sched_getaffinity(0)))
+        outputs.check(*(os.path.join(args.output, name) for name in FILES))
+        device = check_suite(suite, args.output)
+        ensure_writable_dir(args.output)
+    jobs = args.jobs or (1 if device == "cuda" else num_cores())
     total = len(suite.runs())
     print(f"{total} runs, {jobs} in parallel, below {args.output}", flush=True)
     results = []
-    with exit_on_error(RuntimeError):
+    with exit_on_error(RuntimeError, ValueError, OSError):
         for result in train_all(suite, args.output, jobs=jobs, threads=args.threads):
             results.append(result)
             print(f"{len(results):4} of {total}  {progress_line(result)}", flush=True)
     report = make_report(suite, results, args.output)
-    write_report(report, args.output)
+    with exit_on_error(), outputs.drafts(args.output) as drafts:
+        write_report(report, drafts)
     print(f"\n{tables(report)}\nWrote these tables to {os.path.join(args.output, 'tables.md')}.")
     return 0
+
+
+def num_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def progress_line(result: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from ..benchmark.flops import analysis_table, analyze, build_for_analysis
 from ..errors import exit_on_error
 from ..utils.deprecation import RenamedOption
 from ..utils.file_io import ensure_writable_dir
+from ..utils.outputs import CommandOutputs
 from . import program_name
 
 
@@ -51,14 +52,18 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Count, print and write the counts."""
     args = parse_args(argv)
+    outputs = CommandOutputs("analyze")
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     with exit_on_error():
         if args.output_json:
             ensure_writable_dir(os.path.dirname(args.output_json) or ".", "--output-json")
+            outputs.check(args.output_json)
         found = analyze(build_for_analysis(args.config_file, args.opts), tuple(args.size))
         print(f"{args.config_file}, {args.size[0]} x {args.size[1]} pixels (height x width)")
         print(analysis_table(found))
         if args.output_json:
-            with open(args.output_json, "w", encoding="utf-8") as file:
-                json.dump({"config": args.config_file, **found}, file, indent=2)
+            folder, name = os.path.split(args.output_json)
+            with outputs.drafts(folder) as drafts:
+                with open(os.path.join(drafts, name), "w", encoding="utf-8") as file:
+                    json.dump({"config": args.config_file, **found}, file, indent=2)
     return 0

@@ -18,6 +18,7 @@ products that was measured next to it; "convolutions" is the time of a block's o
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from itertools import product
 from typing import Any, Optional
@@ -27,11 +28,12 @@ import torch
 from ..benchmark.cases import DTYPES, Case
 from ..benchmark.detector import time_detector
 from ..benchmark.measure import measure_forms
-from ..benchmark.report import machine_info, results_table, write_results
+from ..benchmark.report import FILES, machine_info, results_table, write_results
 from ..errors import exit_on_error
 from ..layers import PAIRWISE
 from ..utils.deprecation import RenamedOption, warn_renamed
 from ..utils.file_io import ensure_writable_dir
+from ..utils.outputs import CommandOutputs
 from . import program_name
 
 SHAPES = ((512, 100, 168), (1024, 50, 84))
@@ -129,9 +131,11 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure, print and write the results."""
     args = parse_args(argv)
+    outputs = CommandOutputs("benchmark")
     with exit_on_error(ValueError, OSError, RuntimeError):
         if args.output:
             ensure_writable_dir(args.output)
+            outputs.check(*(os.path.join(args.output, name) for name in FILES))
         machine = machine_info(args.device, args.threads)
         print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
         if args.device == "cpu" and machine["load"] > 0.5:
@@ -148,6 +152,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             rows.append(measure_forms(case, args.repeats, args.skip_dense))
         print(results_table(rows))
         if args.output:
-            write_results(args.output, machine, rows)
-            print(f"Wrote benchmark.json and benchmark.png to {args.output}.")
+            with outputs.drafts(args.output) as drafts:
+                write_results(drafts, machine, rows)
+            print(f"Wrote {' and '.join(FILES)} to {args.output}.")
     return 0

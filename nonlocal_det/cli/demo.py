@@ -31,9 +31,11 @@ from ..engine import Trainer, load_and_check_cfg, setup
 from ..errors import TrainingError, exit_on_error
 from ..utils.plotting import save_figure
 from . import program_name
+from .run_folder import check_run_folder
 
 CONFIG = "lamps_mask_rcnn_R18_NL"
 OUTPUT = os.path.join("output", "demo")
+EVALUATION_LOG = "coco_eval.txt"
 NUM_FIGURES = 6
 METRICS = ("AP", "AP50", "AP75")
 
@@ -49,7 +51,7 @@ class DemoTrainer(Trainer):
     def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Mapping[str, float]]:
         """Evaluate; returns COCO's metrics by task."""
         print(f"\nEvaluating on {len(DatasetCatalog.get(cfg.DATASETS.TEST[0]))} images ...")
-        with open(os.path.join(cfg.OUTPUT_DIR, "coco_eval.txt"), "w", encoding="utf-8") as file:
+        with open(os.path.join(cfg.OUTPUT_DIR, EVALUATION_LOG), "w", encoding="utf-8") as file:
             with redirect_stdout(file):
                 return super().test(cfg, model)
 
@@ -138,7 +140,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args.config_file = args.config_file or CONFIG
     args.opts = ["OUTPUT_DIR", OUTPUT, *args.opts]
     with exit_on_error():
-        log_to_file(load_and_check_cfg(args).cfg.OUTPUT_DIR)
+        folder = load_and_check_cfg(args).cfg.OUTPUT_DIR
+        check_run_folder(folder, others=("attention", EVALUATION_LOG))
+        log_to_file(folder)
         cfg = setup(args)
 
     positions = ", ".join(cfg.MODEL.NONLOCAL.POSITIONS)

@@ -1,21 +1,23 @@
 """Draw the attention maps of a model's non-local blocks for images and videos.
 
 Without a config file it uses the model that the demo trained. Files that cannot be drawn are
-skipped.
+skipped. Where the output folder has other files of the same names, outputs get a number.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Optional
 
 from ..attention.image_io import expand_inputs
-from ..attention.visualizer import AttentionVisualizer, unique_output_stems
-from ..errors import exit_on_error, program
+from ..attention.visualizer import AttentionVisualizer, free_output_stems
+from ..errors import exit_on_error, program, summarize_error
 from ..utils.deprecation import RenamedOption
 from ..utils.file_io import ensure_writable_dir
+from ..utils.outputs import CommandOutputs
 from . import program_name
 from .model_args import add_model_arguments, setup_cfg
 
@@ -85,11 +87,14 @@ def _point(text: str) -> tuple[float, float]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Visualize every input file; the exit code is 1 if any was skipped."""
     args = parse_args(argv)
+    outputs = CommandOutputs("visualize")
+    drawing = {"formats": args.format, "html": args.html}
     with exit_on_error():
         ensure_writable_dir(args.output)
-        paths = expand_inputs(args.input)
+        paths = expand_inputs(args.input, skip=outputs.is_earlier_output)
         if not paths:
             raise ValueError(f"No images or videos are in {', '.join(args.input)}.")
+        stems = free_output_stems(paths, args.output, outputs, **drawing)
         visualizer = AttentionVisualizer(
             setup_cfg(args),
             blocks=args.block,
@@ -100,11 +105,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             color_by_class=args.color_by_class,
         )
     exit_code = 0
-    for path, stem in zip(paths, unique_output_stems(paths, args.output)):
+    for path, stem in zip(paths, stems):
         try:
-            for output in visualizer.visualize(path, stem, formats=args.format, html=args.html):
-                print(output)
-        except (ValueError, OSError) as error:
+            with outputs.drafts(args.output) as drafts:
+                written = visualizer.visualize(path, os.path.join(drafts, stem), **drawing)
+            for draft in written:
+                print(os.path.join(args.output, os.path.basename(draft)))
+        except Exception as error:  # the other files are drawn, whatever is wrong with this one
             exit_code = 1
-            print(f"{program()}: skipped: {error}", file=sys.stderr)
+            known = isinstance(error, (ValueError, OSError))
+            message = error if known else f"{path!r} cannot be drawn: {summarize_error(error)}."
+            print(f"{program()}: skipped: {message}", file=sys.stderr)
     return exit_code

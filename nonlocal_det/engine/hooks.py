@@ -42,7 +42,7 @@ class TrainingErrorHook(HookBase):
         """Register the hooks on the model."""
         model = self.trainer.model
         self._handles = [
-            model.register_forward_pre_hook(self._before),
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after),
         ]
 
@@ -51,10 +51,11 @@ class TrainingErrorHook(HookBase):
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model.training:
+            images = next(iter((*args, *kwargs.values())))
             self._last_images = ", ".join(
-                str(image.get("file_name", image.get("image_id", "unnamed"))) for image in inputs[0]
+                str(image.get("file_name", image.get("image_id", "unnamed"))) for image in images
             )
 
     def _after(self, model: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:

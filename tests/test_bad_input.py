@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import pickle
 import runpy
 import shutil
@@ -90,6 +91,8 @@ def write_files(root: Path) -> None:
     )
     torch.save([1, 2, 3], root / "numbers.pth")
     torch.save(torch.nn.Linear(2, 2), root / "module.pth")
+    torch.save({"model": {"a": Evil()}}, root / "evil.pth")
+    (root / "evil.pkl").write_bytes(pickle.dumps({"model": {"a": Evil()}}))
     stem = {"backbone.bottom_up.stem.conv1.weight": torch.ones(64, 3, 7, 7)}
     torch.save({"model": stem}, root / "backbone.pth")
     whole = (root / "other.pth").read_bytes()
@@ -98,6 +101,13 @@ def write_files(root: Path) -> None:
     Image.new("RGB", (64, 48)).save(root / "good.png")
     shutil.copytree(root / "lamps" / "train", root / "images")
     shutil.copy(annotation_file(str(root / "lamps"), "train"), root / "custom.json")
+
+
+class Evil:
+    """An object that leaves a file when it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -234,7 +244,9 @@ WEIGHTS = {
     "a broken pickle": ("cut.pkl", ["cut.pkl", "cannot be read"]),
     "words as a pickle": ("words.pkl", ["words.pkl", "cannot be read"]),
     "numbers": ("numbers.pth", ["numbers.pth", "cannot be read"]),
-    "a whole module": ("module.pth", ["module.pth", "cannot be read"]),
+    "a whole module": ("module.pth", ["module.pth", "torch.nn.modules.linear.Linear"]),
+    "code": ("evil.pth", ["evil.pth", "not loaded", "posix.system"]),
+    "code in a pickle": ("evil.pkl", ["evil.pkl", "not loaded", "posix.system"]),
     "of another model": ("other.pth", ["other.pth", "No tensor", "conv.weight", "backbone"]),
     "of other shapes": ("shapes.pth", ["shapes.pth", "No tensor"]),
 }
@@ -574,6 +586,17 @@ TOOLS: dict[str, tuple[str, list[str], list[str]]] = {
         "visualize_attention",
         [*SEE, "MODEL.NONLOCAL.POSITIONS", "()"],
         ["MODEL.NONLOCAL.POSITIONS"],
+    ),
+    "look: weights with code": (
+        "visualize_attention",
+        [*SEE, "--weights", "evil.pkl"],
+        ["evil.pkl", "posix.system"],
+    ),
+    "export: weights with code": (
+        "export_model",
+        ["--config-file", str(PROJECT / "configs" / LAMPS), "--output", "output"]
+        + ["MODEL.WEIGHTS", "evil.pth"],
+        ["evil.pth", "posix.system"],
     ),
     "measure: a dataset": (
         "measure_attention",

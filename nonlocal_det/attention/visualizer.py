@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
 from matplotlib.figure import Figure
 
+from ..checkpoint.predictor import Predictor
 from ..utils.plotting import save_figure
 from .explorer import explorer_page
 from .figure import (
@@ -62,7 +62,7 @@ class AttentionVisualizer:
         num_arrows: int = 10,
         color_by_class: bool = False,
     ) -> None:
-        self._predictor = DefaultPredictor(cfg)
+        self._predictor = Predictor(cfg)
         self._metadata = MetadataCatalog.get(next(iter(cfg.DATASETS.TEST), "__none__"))
         self._recorder = AttentionRecorder(self._predictor.model)
         self._blocks = select_blocks(self._recorder.block_names, blocks)

@@ -8,21 +8,33 @@ from typing import Any
 
 import torch.nn as nn
 from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import Checkpointer
 
 from ..layers.base import NonLocalBase
+from .safe_load import load_pkl, load_pth
 
 
-class NonLocalCheckpointer(DetectionCheckpointer):
+class _TensorCheckpointer(Checkpointer):
+    """fvcore's checkpointer, which detectron2's asks for a ``.pth``, without its other contents."""
+
+    def _load_file(self, path: str) -> Any:
+        return load_pth(path)
+
+
+class NonLocalCheckpointer(DetectionCheckpointer, _TensorCheckpointer):
     """detectron2's checkpointer, whose report tells new blocks from tensors missing by mistake.
 
-    It also loads torchvision's ResNet checkpoints directly. Such models need RGB images, a pixel
-    standard deviation, and STRIDE_IN_1X1 False.
+    It runs no code that a file may contain; see `safe_load`. It also loads torchvision's ResNet
+    checkpoints directly. Such models need RGB images, a pixel standard deviation, and STRIDE_IN_1X1
+    False.
 
     Attributes:
         load_report: `LoadReport` of the latest load.
     """
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith((".pkl", ".pyth")):
+            return _load_model_zoo_file(filename)
         loaded = super()._load_file(filename)
         if "layer1.0.conv1.weight" in loaded["model"]:
             return {"model": convert_torchvision(loaded["model"]), "matching_heuristics": True}
@@ -89,6 +101,22 @@ def _load_report(model: nn.Module, incompatible: Any) -> LoadReport:
         incorrect_shapes=incorrect_shapes,
         unexpected_keys=set(incompatible.unexpected_keys),
     )
+
+
+def _load_model_zoo_file(path: str) -> dict[str, Any]:
+    """Read detectron2's, Caffe2's (``.pkl``) or pycls' (``.pyth``) weights, as detectron2 does."""
+    if path.endswith(".pyth"):
+        weights = load_pth(path)["model_state"]
+        author, unused = "pycls", "num_batches_tracked"
+    else:
+        loaded = load_pkl(path)
+        if "model" in loaded and "__author__" in loaded:
+            return loaded
+        # Caffe2's detectors have their weights under "blobs", its ImageNet models do not.
+        weights = loaded.get("blobs", loaded)
+        author, unused = "Caffe2", "_momentum"
+    kept = {name: weight for name, weight in weights.items() if not name.endswith(unused)}
+    return {"model": kept, "__author__": author, "matching_heuristics": True}
 
 
 def convert_torchvision(weights: dict[str, Any]) -> dict[str, Any]:

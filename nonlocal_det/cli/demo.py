@@ -22,11 +22,12 @@ import torch
 import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor, default_argument_parser
+from detectron2.engine import default_argument_parser
 from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 
 from ..attention import AttentionRecorder, detection_figure
+from ..checkpoint.predictor import Predictor
 from ..engine import Trainer, load_and_check_cfg, setup
 from ..errors import TrainingError, exit_on_error
 from ..utils.plotting import save_figure
@@ -105,7 +106,7 @@ def print_table(results: Mapping[str, Mapping[str, float]]) -> None:
 def draw(cfg: CfgNode) -> list[str]:
     """Draw detections in some validation images, and the attention map of each; returns paths."""
     dataset = cfg.DATASETS.TEST[0]
-    predictor = DefaultPredictor(cfg)
+    predictor = Predictor(cfg)
     paths = []
     for dataset_dict in DatasetCatalog.get(dataset)[:NUM_FIGURES]:
         image = cv2.imread(dataset_dict["file_name"])

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from ..checkpoint.detection_checkpoint import LoadReport, NonLocalCheckpointer
+from ..checkpoint.safe_load import UnsafeWeightsError
 from ..errors import summarize_error
 from ..modeling.supported_positions import check_positions
 
@@ -130,6 +131,8 @@ def _load(path: str, model: nn.Module) -> LoadReport:
     try:
         checkpointer.load(path, checkpointables=[])
         return checkpointer.load_report
+    except UnsafeWeightsError:
+        raise
     except Exception as error:  # pickle and torch raise errors of any kind
         raise ValueError(
             f"MODEL.WEIGHTS {path!r} cannot be read as a checkpoint of torch (.pth) or of "

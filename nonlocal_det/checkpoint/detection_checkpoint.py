@@ -15,10 +15,16 @@ from .safe_load import load_pkl, load_pth
 
 
 class _TensorCheckpointer(Checkpointer):
-    """fvcore's checkpointer, which detectron2's asks for a ``.pth``, without its other contents."""
+    """fvcore's checkpointer, below detectron2's, reading only tensors and knowing their names."""
 
     def _load_file(self, path: str) -> Any:
         return load_pth(path)
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        tensors = checkpoint["model"]
+        incompatible = super()._load_model(checkpoint)
+        self._loaded = set(tensors)  # those of another shape have been removed
+        return incompatible
 
 
 class NonLocalCheckpointer(DetectionCheckpointer, _TensorCheckpointer):
@@ -43,7 +49,7 @@ class NonLocalCheckpointer(DetectionCheckpointer, _TensorCheckpointer):
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
         if incompatible is not None:
-            self.load_report = _load_report(self.model, incompatible)
+            self.load_report = _load_report(self.model, self._loaded, incompatible)
             self.logger.info(str(self.load_report))
         return incompatible
 
@@ -66,6 +72,13 @@ class LoadReport:
     incorrect_shapes: set[str]
     unexpected_keys: set[str]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether checkpoint and model have exactly the same tensors."""
+        return not (
+            self.new_blocks or self.missing_keys or self.incorrect_shapes or self.unexpected_keys
+        )
+
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
         parts.append(
@@ -84,7 +97,7 @@ class LoadReport:
         return "; ".join(parts) + "."
 
 
-def _load_report(model: nn.Module, incompatible: Any) -> LoadReport:
+def _load_report(model: nn.Module, loaded: set[str], incompatible: Any) -> LoadReport:
     incorrect_shapes = {entry[0] for entry in incompatible.incorrect_shapes}
     missing = set(incompatible.missing_keys) - incorrect_shapes
     keys_of = {
@@ -93,9 +106,11 @@ def _load_report(model: nn.Module, incompatible: Any) -> LoadReport:
         if isinstance(module, NonLocalBase)
     }
     # A block with any loaded tensor is not new: the ones it lacks are reported as missing.
-    new = [name for name, keys in keys_of.items() if keys <= missing]
+    given = loaded | incorrect_shapes
+    new = [name for name, keys in keys_of.items() if keys.isdisjoint(given)]
     return LoadReport(
-        loaded=model.state_dict().keys() - missing - incorrect_shapes,
+        # Not all that is not missing: norms fill in statistics that a checkpoint does not have.
+        loaded=model.state_dict().keys() & loaded,
         new_blocks=new,
         missing_keys=missing.difference(*(keys_of[name] for name in new)),
         incorrect_shapes=incorrect_shapes,

@@ -43,7 +43,8 @@ def run(args: Namespace) -> Any:
         cfg = setup_lazy(args)
         if args.eval_only:
             model = LazyTrainer.build_model(cfg)
-            AtomicCheckpointer(model).load(cfg.train.init_checkpoint)
+            checkpointer = AtomicCheckpointer(model, cfg.train.output_dir)
+            checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         else:
             trainer = LazyTrainer(cfg)
             trainer.resume_or_load(resume=args.resume)

@@ -10,16 +10,19 @@ import functools
 import math
 import os
 import resource
+import runpy
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from tiny_training import Workspace, limit
 
 from nonlocal_det.checkpoint.atomic_checkpoint import AtomicCheckpointer
 from nonlocal_det.checkpoint.latest import is_intact
-from nonlocal_det.errors import is_out_of_memory
+from nonlocal_det.errors import exit_on_error, is_out_of_memory
 from nonlocal_det.utils.file_io import atomic_write
 
 
@@ -181,6 +184,28 @@ def test_only_checkpoints_of_this_run_are_named(tmp_path: Path) -> None:
     assert resumed.kept_checkpoint() == str(tmp_path / "model_final.pth")
     resumed.save("model_0000007", iteration=7)
     assert resumed.kept_checkpoint() == str(tmp_path / "model_0000007.pth")
+
+
+def user_module(folder: Path) -> dict[str, Any]:
+    """A module of the user's, with a function that fails and one that calls this package."""
+    (folder / "user_module.py").write_text(
+        "from nonlocal_det.utils.validation import check_positive_int\n"
+        "def load():\n    raise ValueError('the third line')\n"
+        "def check():\n    check_positive_int('x', 0)\n"
+    )
+    return runpy.run_path(str(folder / "user_module.py"))
+
+
+def test_an_error_in_the_users_own_code_keeps_its_traceback(tmp_path: Path) -> None:
+    user = user_module(tmp_path)
+    DatasetCatalog.register("of_the_user", user["load"])
+    try:
+        with pytest.raises(ValueError, match="the third line"), exit_on_error():
+            get_detection_dataset_dicts(["of_the_user"])
+    finally:
+        DatasetCatalog.remove("of_the_user")
+    with pytest.raises(SystemExit, match="x is 0; it must be"), exit_on_error():
+        user["check"]()  # the user's code called first
 
 
 def test_files_are_written_atomically(tmp_path: Path) -> None:

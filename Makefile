@@ -5,8 +5,9 @@ BIN = $(VENV)/bin/python
 
 .PHONY: demo test test-quick test-numerics docs setup lint format clean
 
+# Continues a demo that was stopped; a finished one is evaluated and drawn again.
 demo: setup
-	DETECTRON2_DATASETS=datasets "$(BIN)" -W ignore tools/demo.py
+	DETECTRON2_DATASETS=datasets "$(BIN)" -W ignore tools/demo.py --resume
 
 # Neighboring tests share models and stay together, until a process has nothing left to do.
 PYTEST = "$(BIN)" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import dropwhile
 
-# Messages of CUDA, torch on CPUs, OpenCV, the C++ library, and torch about a killed worker.
+import detectron2
+
+# Messages of CUDA, torch on CPUs, OpenCV, the C++ library, and torch about a worker that the system
+# killed, or that found no shared memory; any other signal has another cause.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|allocate memory|not enough memory|insufficient memory|bad_alloc"
-    r"|worker .*killed by signal",
+    r"|worker .*killed by signal: (Killed|Bus error)",
     re.IGNORECASE,
 )
 
@@ -29,6 +35,9 @@ def program() -> str:
 def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
     """Exit with a one-line error message and exit code 1 if the body raises an expected error.
 
+    An error that the user's own code raised, such as a registered dataset's function or a custom
+    module, keeps its traceback.
+
     Args:
         kinds: Exceptions whose message says all that the user needs; by default ValueError and
             OSError.
@@ -37,7 +46,32 @@ def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
+        if in_user_code(error):
+            raise
         sys.exit(f"{program()}: error: {error}")
+
+
+_LIBRARIES = (
+    os.path.dirname(os.path.abspath(__file__)),
+    os.path.dirname(detectron2.__file__),
+    sysconfig.get_path("stdlib"),
+    "<",  # no file: frozen or generated code
+)
+_LIBRARY_FOLDER = re.compile(r"[/\\](site|dist)-packages[/\\]")
+
+
+def in_user_code(error: BaseException) -> bool:
+    """Whether an error comes from a function of the user's that this package or a library called.
+
+    The user's code that called them first, such as a script, does not count.
+    """
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][1:]
+    called = dropwhile(lambda file: not _is_library(file), files)
+    return not all(map(_is_library, called))
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith(_LIBRARIES) or bool(_LIBRARY_FOLDER.search(file))
 
 
 class TrainingError(RuntimeError):

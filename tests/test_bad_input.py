@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import pickle
 import runpy
 import shutil
@@ -36,6 +37,7 @@ from nonlocal_det.data.issue_types import ERROR, ISSUE_TYPES, REMOVED
 from nonlocal_det.data.lamps.writer import annotation_file, ensure_dataset
 from nonlocal_det.engine import Trainer, nonlocal_argument_parser
 from nonlocal_det.engine.custom_data import load_custom_datasets
+from nonlocal_det.engine.lazy_trainer import LazyTrainer
 
 PROJECT = Path(__file__).parents[1]
 LAMPS = "lamps_mask_rcnn_R18_NL.yaml"
@@ -67,7 +69,8 @@ def folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("nonlocal_det.data.builtin.ensure_dataset", lambda *_, **__: None)
     for name in ("train", "test"):
-        monkeypatch.setattr(Trainer, name, lambda *_: pytest.fail("it started", pytrace=False))
+        for trainer in (Trainer, LazyTrainer):
+            monkeypatch.setattr(trainer, name, lambda *_: pytest.fail("it started", pytrace=False))
     register_lamps(".")
     for name, metadata in DATASETS.items():
         monkeypatch.setitem(DatasetCatalog.data, name, list)
@@ -105,6 +108,8 @@ def write_files(root: Path) -> None:
     )
     torch.save([1, 2, 3], root / "numbers.pth")
     torch.save(torch.nn.Linear(2, 2), root / "module.pth")
+    torch.save({"model": {"a": Evil()}}, root / "evil.pth")
+    (root / "evil.pkl").write_bytes(pickle.dumps({"model": {"a": Evil()}}))
     stem = {"backbone.bottom_up.stem.conv1.weight": torch.ones(64, 3, 7, 7)}
     torch.save({"model": stem}, root / "backbone.pth")
     whole = (root / "other.pth").read_bytes()
@@ -113,6 +118,13 @@ def write_files(root: Path) -> None:
     Image.new("RGB", (64, 48)).save(root / "good.png")
     shutil.copytree(root / "lamps" / "train", root / "images")
     shutil.copy(annotation_file(str(root / "lamps"), "train"), root / "custom.json")
+
+
+class Evil:
+    """An object that leaves a file when it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -286,6 +298,23 @@ SETTINGS = {
         ["unknown", "None", "coco_panoptic_seg, sem_seg, pascal_voc, lvis"],
     ),
     "no dataset": (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN"]),
+    "sampler": (["DATALOADER.SAMPLER_TRAIN", "nope"], ["'nope'", "'TrainingSampler'"]),
+    "seed": (["SEED", "5000000000000000000000"], ["SEED", "4294967295"]),
+    "seed that is no whole number": (["SEED", "5e21"], ["SEED", "int"]),
+    "workers": (["DATALOADER.NUM_WORKERS", "-1"], ["DATALOADER.NUM_WORKERS", "at least 0"]),
+    "no period": (["SOLVER.CHECKPOINT_PERIOD", "0"], ["SOLVER.CHECKPOINT_PERIOD", "at least 1"]),
+    "no size": (["INPUT.MIN_SIZE_TRAIN", "()"], ["INPUT.MIN_SIZE_TRAIN"]),
+    "a size": (["INPUT.MIN_SIZE_TRAIN", "(-8,)"], ["INPUT.MIN_SIZE_TRAIN", "-8"]),
+    "sampling of sizes": (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"], ["INPUT", "two values"]),
+    "crop": (
+        ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "none"],
+        ["INPUT", "AssertionError"],
+    ),
+    "reference": (["SOLVER.REFERENCE_WORLD_SIZE", "7"], ["SOLVER.REFERENCE_WORLD_SIZE", "7"]),
+    "clipping": (
+        ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "nope"],
+        ["nope"],
+    ),
 }
 WEIGHTS = {
     "missing": ("no_such.pth", ["no_such.pth"]),
@@ -296,13 +325,16 @@ WEIGHTS = {
     "a broken pickle": ("cut.pkl", ["cut.pkl", "cannot be read"]),
     "words as a pickle": ("words.pkl", ["words.pkl", "cannot be read"]),
     "numbers": ("numbers.pth", ["numbers.pth", "cannot be read"]),
-    "a whole module": ("module.pth", ["module.pth", "cannot be read"]),
+    "a whole module": ("module.pth", ["module.pth", "torch.nn.modules.linear.Linear"]),
+    "code": ("evil.pth", ["evil.pth", "not loaded", "posix.system"]),
+    "code in a pickle": ("evil.pkl", ["evil.pkl", "not loaded", "posix.system"]),
     "of another model": ("other.pth", ["other.pth", "No tensor", "conv.weight", "backbone"]),
     "of other shapes": ("shapes.pth", ["shapes.pth", "No tensor"]),
 }
 OUTPUTS = {
     "a file": ("a_file", ["OUTPUT_DIR", "a_file"]),
     "below a file": ("a_file/output", ["OUTPUT_DIR", "a_file/output"]),
+    "a URL": ("s3://bucket/output", ["OUTPUT_DIR", "s3://bucket/output", "local"]),
     "where nobody can write": ("/proc/output", ["OUTPUT_DIR", "/proc/output"]),
 }
 TRAIN = {
@@ -324,6 +356,12 @@ TRAIN = {
         train("--eval-only", "MODEL.WEIGHTS", "backbone.pth"),
         ["backbone.pth", "135 tensors"],
     ),
+    "weights of another model for a frozen norm": (
+        train("MODEL.WEIGHTS", "other.pth", "MODEL.RESNETS.NORM", "FrozenBN"),
+        ["other.pth", "No tensor"],
+    ),
+    "evaluation without weights": (train("--eval-only"), ["MODEL.WEIGHTS is empty", "random"]),
+    "resuming what is corrupt": (train("--resume"), ["output", "no intact checkpoint"]),
     "images without annotations": (
         train("--train-images", "images"),
         ["--train-images", "--train-json"],
@@ -660,6 +698,9 @@ def test_a_corrupt_image_is_named_in_training(
 # The other command lines: tool, arguments, what is said.
 LOOK = ["--config-file", str(PROJECT / "configs" / LAMPS), "--output", "output"]
 LAZY = ["--config-file", str(PROJECT / "configs" / "lazy" / "mask_rcnn_R50_NL.py")]
+LAZY_LAMPS = [
+    *("dataloader.train.dataset.names=lamps_train", "dataloader.test.dataset.names=lamps_val"),
+]
 ANALYZE = ["--config-file", str(PROJECT / "configs" / LAMPS)]
 SEE = ["--input", "good.png", *LOOK]
 TOOLS: dict[str, tuple[str, list[str], list[str]]] = {
@@ -691,6 +732,17 @@ TOOLS: dict[str, tuple[str, list[str], list[str]]] = {
         "visualize_attention",
         [*SEE, "MODEL.NONLOCAL.POSITIONS", "()"],
         ["MODEL.NONLOCAL.POSITIONS"],
+    ),
+    "look: weights with code": (
+        "visualize_attention",
+        [*SEE, "--weights", "evil.pkl"],
+        ["evil.pkl", "posix.system"],
+    ),
+    "export: weights with code": (
+        "export_model",
+        ["--config-file", str(PROJECT / "configs" / LAMPS), "--output", "output"]
+        + ["MODEL.WEIGHTS", "evil.pth"],
+        ["evil.pth", "posix.system"],
     ),
     "measure: a dataset": (
         "measure_attention",
@@ -740,6 +792,40 @@ TOOLS: dict[str, tuple[str, list[str], list[str]]] = {
         [*LAZY, "dataloader.train.dataset.names=lamp_train"],
         ["lamp_train"],
     ),
+    **{
+        f"lazy: {name}": ("lazyconfig_train_net", [*LAZY, *options, *LAZY_LAMPS], said)
+        for name, (options, said) in {
+            "a position": (["model.backbone.bottom_up.positions=['res4[9]']"], ["'res4[9]'"]),
+            "a model": (["model.roi_heads.num_classes=a"], ["model"]),
+            "weights missing": (
+                ["train.init_checkpoint=no.pth"],
+                ["train.init_checkpoint", "no.pth"],
+            ),
+            "weights of another model": (
+                ["train.init_checkpoint=other.pth"],
+                ["No tensor", "other"],
+            ),
+            "weights with code": (["train.init_checkpoint=evil.pkl"], ["evil.pkl", "posix.system"]),
+            "evaluation of what is not in the weights": (
+                ["--eval-only", "train.init_checkpoint=backbone.pth"],
+                ["backbone.pth", "does not match"],
+            ),
+            "evaluation without weights": (
+                ["--eval-only", "train.output_dir=output", "train.init_checkpoint=''"],
+                ["train.init_checkpoint is empty"],
+            ),
+            "resuming what is corrupt": (
+                ["--resume", "train.output_dir=output"],
+                ["no intact checkpoint"],
+            ),
+            "seed": (["train.seed=5000000000000000000000"], ["train.seed"]),
+            "workers": (["dataloader.train.num_workers=-1"], ["num_workers", "at least 0"]),
+            "no period": (["train.checkpointer.period=0"], ["train.checkpointer.period"]),
+            "no period of logs": (["train.log_period=0"], ["train.log_period"]),
+            "iterations": (["train.max_iter=0"], ["train.max_iter"]),
+            "a URL": (["train.output_dir=s3://bucket/output"], ["train.output_dir", "local"]),
+        }.items()
+    },
 }
 
 

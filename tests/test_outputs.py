@@ -31,9 +31,9 @@ from nonlocal_det.cli import (
     train,
     visualize,
 )
-from nonlocal_det.cli.run_folder import check_run_folder
 from nonlocal_det.config import load_config
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
+from nonlocal_det.engine.output_dir import check_run_folder
 from nonlocal_det.utils.outputs import HIDDEN_FOLDER, CommandOutputs
 
 CONFIG = Path(__file__).parents[1] / "configs" / "lamps_mask_rcnn_R18_NL.yaml"

@@ -15,7 +15,7 @@ import subprocess
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from tiny_models import assert_same
 from tiny_training import DATASET, Workspace
 from tool_process import HANG
 
-from nonlocal_det.checkpoint.atomic_checkpoint import is_intact
+from nonlocal_det.checkpoint.latest import has_checkpoints, is_intact, latest_checkpoint
 from nonlocal_det.engine.hooks import truncate_metrics
 from nonlocal_det.engine.run_info import commit_of
 from nonlocal_det.utils.file_io import TMP_SUFFIX
@@ -164,7 +164,7 @@ def test_a_corrupt_checkpoint_gives_way_to_the_newest_valid_one(workspace: Works
     (folder / f"0123456789abcdef-model_0000005.pth{TMP_SUFFIX}").write_bytes(b"of a killed run")
     said = workspace.train("damaged", "--resume")
     assert "Starting training from iteration 4" in said
-    assert "model_final.pth, is corrupt or missing" in said
+    assert "corrupt or missing: resuming from" in said
     assert_same(state(workspace, "damaged"), expected)
     assert not list(folder.glob(f"*{TMP_SUFFIX}"))
 
@@ -173,6 +173,57 @@ def test_a_corrupt_checkpoint_gives_way_to_the_newest_valid_one(workspace: Works
     said = workspace.train("damaged", "--resume", fails=True)
     assert "Traceback" not in said and "finds no intact checkpoint" in said
     assert (folder / "model_final.pth").read_bytes() == b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tag", [None, b"\xff\n"])
+def test_a_missing_or_wrong_last_checkpoint_loses_nothing(
+    tag: Optional[bytes], workspace: Workspace
+) -> None:
+    output, folder = f"untagged{tag}", workspace.folder / f"untagged{tag}"
+    workspace.train(output, "SOLVER.MAX_ITER", 4)
+    (folder / "model_final.pth").unlink()
+    (folder / "last_checkpoint").unlink()
+    if tag is not None:
+        (folder / "last_checkpoint").write_bytes(tag)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}
+    metrics = workspace.metrics(output)
+    said = workspace.train(output, "--resume", "SOLVER.MAX_ITER", 5)
+    assert "Starting training from iteration 4" in said
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    assert workspace.metrics(output)[: len(metrics)] == metrics
+
+
+def save_all(folder: Path, *iterations: int) -> None:
+    """Write checkpoints in turn, one second apart, each with ``last_checkpoint`` after it."""
+    for second, iteration in enumerate(iterations):
+        name = f"model_{iteration:07d}.pth"
+        torch.save({"iteration": iteration}, folder / name)
+        (folder / "last_checkpoint").write_text(name)
+        for path in (folder / name, folder / "last_checkpoint"):
+            os.utime(path, (second, second))
+
+
+def test_the_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    def latest() -> str:
+        return Path(latest_checkpoint(str(tmp_path))).name
+
+    assert latest() == "" and not has_checkpoints(str(tmp_path))
+    save_all(tmp_path, 9, 1, 3)  # a run that has overwritten files of a longer one
+    assert latest() == "model_0000003.pth"
+    torch.save({"iteration": 5}, tmp_path / "model_0000005.pth")  # killed before it was named
+    assert latest() == "model_0000005.pth"
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")  # set back by hand
+    assert latest() == "model_0000001.pth"
+    (tmp_path / "last_checkpoint").unlink()
+    assert latest() == "model_0000009.pth"
+    torch.save({"iteration": 12}, tmp_path / "model_final.pth")
+    assert latest() == "model_final.pth"
+    (tmp_path / "model_final.pth").write_bytes(b"")
+    assert latest() == "model_0000009.pth"
+    for path in tmp_path.glob("*.pth"):
+        path.unlink()
+    assert latest() == "" and not has_checkpoints(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +246,32 @@ def test_metrics_are_truncated_where_training_resumes(
     path.write_text("".join(whole) + '{"iteration": 3, "lo')  # killed while it wrote
     assert truncate_metrics(str(path), start) == (lines[kept - 1] if kept else None)
     assert path.read_text() == "".join(whole[:kept])
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_evaluation_of_a_finished_run_is_kept_if_it_is_extended(
+    keep: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.json"
+    rows = [{"iteration": 5, "total_loss": 1.0}, {"iteration": 6, "bbox/AP": 2.0}]
+    later = [{"iteration": 6, "total_loss": 1.0}, {"loss": 1.0}, [6], {"iteration": 7}]
+    whole = [json.dumps(row) + "\n" for row in (*rows, *later)]
+    path.write_text("".join(whole))
+    assert truncate_metrics(str(path), 6, keep_evaluation=keep) == (6 if keep else 5)
+    assert path.read_text() == "".join(whole[: 2 if keep else 1])
+
+
+@pytest.mark.slow
+def test_an_extended_run_keeps_its_evaluations(workspace: Workspace) -> None:
+    options = ("DATASETS.TEST", [DATASET], "INPUT.MIN_SIZE_TEST", 48, "SOLVER.MAX_ITER")
+    workspace.train("extended", *options, 2)
+    first = workspace.metrics("extended")
+    workspace.train("extended", "--resume", *options, 2)  # with nothing left to do
+    assert workspace.metrics("extended") == first
+    workspace.train("extended", "--resume", *options, 4)
+    metrics = workspace.metrics("extended")
+    assert metrics[: len(first)] == first
+    assert [row["iteration"] for row in metrics if "bbox/AP" in row] == [2, 4]
 
 
 @pytest.mark.slow

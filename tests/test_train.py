@@ -15,7 +15,7 @@ import torch
 from tiny_training import write_short_lamps
 from tool_process import run_tool
 
-from nonlocal_det.cli.demo import print_table
+from nonlocal_det.cli.demo import parse_args, print_table
 
 PROJECT = Path(__file__).parents[1]
 COCO = PROJECT.parent / "shared" / "data" / "coco"
@@ -85,7 +85,11 @@ def test_training_resumes(trained: Path, datasets: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_shows_its_results_and_the_attention(datasets: Path, tmp_path: Path) -> None:
-    done = run_tool("demo", *SMALL, "OUTPUT_DIR", tmp_path, env=environment(datasets))
+    def demo(*arguments: object, **options: bool) -> subprocess.CompletedProcess[str]:
+        output = ("OUTPUT_DIR", tmp_path)
+        return run_tool("demo", *arguments, *SMALL, *output, env=environment(datasets), **options)
+
+    done = demo()
     results, lines = last_results(tmp_path), done.stdout.splitlines()
     (titles,) = (line.split() for line in lines if line.split()[:1] == ["AP"])
     for task, name in (("bbox", "box"), ("segm", "mask")):
@@ -96,6 +100,19 @@ def test_the_demo_shows_its_results_and_the_attention(datasets: Path, tmp_path: 
     assert len(figures) == 6 and all(figure.parent == tmp_path / "attention" for figure in figures)
     assert all(figure.stat().st_size for figure in figures)
     assert str(tmp_path / "model_final.pth") in lines[-1]
+
+    trained = (tmp_path / "model_final.pth").read_bytes()
+    assert "--resume" in demo(fails=True).stderr
+    table = [line for line in lines if line.split()[:1] in (["box"], ["mask"])]
+    again = demo("--eval-only", "--resume").stdout.splitlines()
+    assert [line for line in again if line.split()[:1] in (["box"], ["mask"])] == table
+    assert (tmp_path / "model_final.pth").read_bytes() == trained
+
+
+def test_the_demo_runs_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--num-gpus", "2"])
+    assert "the demo runs in one process" in capsys.readouterr().err
 
 
 def test_the_demo_prints_each_number_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:

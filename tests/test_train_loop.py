@@ -13,7 +13,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from tiny_models import images, zoo_config
 
-from nonlocal_det.engine import GradAccumTrainer
+from nonlocal_det.engine import GradAccumTrainer, Trainer
 from nonlocal_det.layers import NonLocalBase
 
 pytestmark = pytest.mark.numeric
@@ -213,3 +213,12 @@ def test_nothing_is_evaluated_after_an_error():
     with pytest.raises(OSError, match="cannot be read"):
         step.train(0, 1)
     assert not evaluated
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_biases_have_their_own_learning_rate(optimizer):
+    options = ["SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", 0.25, "SOLVER.BIAS_LR_FACTOR", 2.0]
+    model = torch.nn.Linear(2, 2)
+    built = Trainer.build_optimizer(zoo_config(MASK, options), model)
+    rates = {id(group["params"][0]): group["lr"] for group in built.param_groups}
+    assert (rates[id(model.weight)], rates[id(model.bias)]) == (0.25, 0.5)

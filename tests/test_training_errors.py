@@ -10,16 +10,21 @@ import functools
 import math
 import os
 import resource
+import runpy
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from tiny_training import Workspace, limit
 
-from nonlocal_det.checkpoint.atomic_checkpoint import is_intact
+from nonlocal_det.checkpoint.atomic_checkpoint import AtomicCheckpointer
+from nonlocal_det.checkpoint.latest import is_intact
 from nonlocal_det.engine.hooks import TrainingErrorHook
+from nonlocal_det.errors import exit_on_error, is_out_of_memory
 from nonlocal_det.utils.file_io import atomic_write
 
 
@@ -101,7 +106,7 @@ def test_weights_that_are_not_finite_are_not_saved(workspace: Workspace) -> None
     """The loss of the step was finite; its gradients, times the rate, were not."""
     output, options = "infinite", ("SOLVER.BASE_LR", 3e38, "SOLVER.CHECKPOINT_PERIOD", 1)
     said = workspace.train(output, *SUDDEN, 1e-44, *options, fails=True)
-    assert "model_0000002.pth was not written: weights such as" in said
+    assert "model_0000002.pth was not written: tensors such as" in said
     assert_kept(workspace, output, said, "model_0000001.pth")
 
 
@@ -146,6 +151,83 @@ def test_out_of_memory(workspace: Workspace, begun: str) -> None:
 def take_little_memory() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit(resource.RLIMIT_AS, pages * resource.getpagesize() + 400_000_000)
+
+
+@pytest.mark.parametrize(
+    ("signal", "expected"),
+    [
+        ("Killed", True),
+        ("Bus error", True),
+        ("Segmentation fault", False),
+        ("Terminated", False),
+        ("Aborted", False),
+    ],
+)
+def test_a_worker_that_is_killed_is_out_of_memory(signal: str, expected: bool) -> None:
+    error = RuntimeError(f"DataLoader worker (pid 7) is killed by signal: {signal}. ")
+    assert is_out_of_memory(error) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "saved"),
+    [
+        ("running_var", math.nan, False),
+        ("running_mean", -math.inf, False),
+        ("num_batches_tracked", 7, True),
+        ("weight", math.inf, False),
+        ("mask", math.inf, True),  # on purpose
+        ("mask", math.nan, False),
+    ],
+)
+def test_statistics_that_are_not_finite_are_not_saved(
+    name: str, value: float, saved: bool, tmp_path: Path
+) -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
+    model[0].register_buffer("mask", torch.zeros(2))
+    with torch.no_grad():
+        getattr(model[0], name).fill_(value)
+    checkpointer = AtomicCheckpointer(model, str(tmp_path))
+    if saved:
+        checkpointer.save("model_final")
+    else:
+        with pytest.raises(FloatingPointError, match=f"tensors such as 0.{name} are not finite"):
+            checkpointer.save("model_final")
+    assert (tmp_path / "model_final.pth").exists() == saved
+
+
+def test_only_checkpoints_of_this_run_are_named(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    AtomicCheckpointer(model, str(tmp_path)).save("model_final", iteration=5)
+    another = AtomicCheckpointer(model, str(tmp_path))
+    another.resume_or_load("", resume=False)
+    assert another.kept_checkpoint() == ""
+    resumed = AtomicCheckpointer(model, str(tmp_path))
+    resumed.resume_or_load("", resume=True)
+    assert resumed.kept_checkpoint() == str(tmp_path / "model_final.pth")
+    resumed.save("model_0000007", iteration=7)
+    assert resumed.kept_checkpoint() == str(tmp_path / "model_0000007.pth")
+
+
+def user_module(folder: Path) -> dict[str, Any]:
+    """A module of the user's, with a function that fails and one that calls this package."""
+    (folder / "user_module.py").write_text(
+        "from nonlocal_det.utils.validation import check_positive_int\n"
+        "def load():\n    raise ValueError('the third line')\n"
+        "def check():\n    check_positive_int('x', 0)\n"
+    )
+    return runpy.run_path(str(folder / "user_module.py"))
+
+
+def test_an_error_in_the_users_own_code_keeps_its_traceback(tmp_path: Path) -> None:
+    user = user_module(tmp_path)
+    DatasetCatalog.register("of_the_user", user["load"])
+    try:
+        with pytest.raises(ValueError, match="the third line"), exit_on_error():
+            get_detection_dataset_dicts(["of_the_user"])
+    finally:
+        DatasetCatalog.remove("of_the_user")
+    with pytest.raises(SystemExit, match="x is 0; it must be"), exit_on_error():
+        user["check"]()  # the user's code called first
 
 
 def test_files_are_written_atomically(tmp_path: Path) -> None:

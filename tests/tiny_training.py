@@ -76,6 +76,13 @@ class Workspace:
 
 def _prepare(data: Path, before: Any) -> None:
     """Register the dataset, and call ``before``, in the run's process."""
+    register(data)
+    if before is not None:
+        before()
+
+
+def register(data: Path) -> None:
+    """Register the dataset of a workspace, in this process."""
     annotations = data / "annotations" / "instances_train.json"
     register_coco_instances(
         DATASET,
@@ -83,8 +90,6 @@ def _prepare(data: Path, before: Any) -> None:
         str(annotations),
         str(data / "train"),
     )
-    if before is not None:
-        before()
 
 
 def write_short_lamps(root: Path) -> Path:

@@ -29,12 +29,12 @@ from typing import Optional
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 from matplotlib.figure import Figure
 
+from ..checkpoint.detection_checkpoint import NonLocalCheckpointer
 from ..utils.plotting import save_figure
 from .geometry import Grid
 from .recorder import AttentionRecorder
@@ -190,7 +190,7 @@ def dataset_stats(
         Mean statistics by block name; blocks that never ran are omitted.
     """
     model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    NonLocalCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     recorder, mapper = AttentionRecorder(model), DatasetMapper(cfg, is_train=False)
     stats: dict[str, list[Optional[AttentionStats]]] = {name: [] for name in recorder.block_names}
     for seed, dataset_dict in enumerate(DatasetCatalog.get(dataset)[:num_images]):

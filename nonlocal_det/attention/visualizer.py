@@ -13,10 +13,10 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import read_image
-from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
 from matplotlib.figure import Figure
 
+from ..checkpoint.predictor import Predictor
 from ..utils.outputs import CommandOutputs
 from ..utils.plotting import save_figure
 from .explorer import explorer_page
@@ -66,7 +66,7 @@ class AttentionVisualizer:
         num_arrows: int = 10,
         color_by_class: bool = False,
     ) -> None:
-        self._predictor = DefaultPredictor(cfg)
+        self._predictor = Predictor(cfg)
         self._metadata = matching_metadata(cfg)
         self._recorder = AttentionRecorder(self._predictor.model)
         self._blocks = select_blocks(self._recorder.block_names, blocks)

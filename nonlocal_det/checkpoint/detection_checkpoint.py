@@ -8,21 +8,39 @@ from typing import Any
 
 import torch.nn as nn
 from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import Checkpointer
 
 from ..layers.base import NonLocalBase
+from .safe_load import load_pkl, load_pth
 
 
-class NonLocalCheckpointer(DetectionCheckpointer):
+class _TensorCheckpointer(Checkpointer):
+    """fvcore's checkpointer, below detectron2's, reading only tensors and knowing their names."""
+
+    def _load_file(self, path: str) -> Any:
+        return load_pth(path)
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        tensors = checkpoint["model"]
+        incompatible = super()._load_model(checkpoint)
+        self._loaded = set(tensors)  # those of another shape have been removed
+        return incompatible
+
+
+class NonLocalCheckpointer(DetectionCheckpointer, _TensorCheckpointer):
     """detectron2's checkpointer, whose report tells new blocks from tensors missing by mistake.
 
-    It also loads torchvision's ResNet checkpoints directly. Such models need RGB images, a pixel
-    standard deviation, and STRIDE_IN_1X1 False.
+    It runs no code that a file may contain; see `safe_load`. It also loads torchvision's ResNet
+    checkpoints directly. Such models need RGB images, a pixel standard deviation, and STRIDE_IN_1X1
+    False.
 
     Attributes:
         load_report: `LoadReport` of the latest load.
     """
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith((".pkl", ".pyth")):
+            return _load_model_zoo_file(filename)
         loaded = super()._load_file(filename)
         if "layer1.0.conv1.weight" in loaded["model"]:
             return {"model": convert_torchvision(loaded["model"]), "matching_heuristics": True}
@@ -31,7 +49,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
         if incompatible is not None:
-            self.load_report = _load_report(self.model, incompatible)
+            self.load_report = _load_report(self.model, self._loaded, incompatible)
             self.logger.info(str(self.load_report))
         return incompatible
 
@@ -54,6 +72,13 @@ class LoadReport:
     incorrect_shapes: set[str]
     unexpected_keys: set[str]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether checkpoint and model have exactly the same tensors."""
+        return not (
+            self.new_blocks or self.missing_keys or self.incorrect_shapes or self.unexpected_keys
+        )
+
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
         parts.append(
@@ -72,7 +97,7 @@ class LoadReport:
         return "; ".join(parts) + "."
 
 
-def _load_report(model: nn.Module, incompatible: Any) -> LoadReport:
+def _load_report(model: nn.Module, loaded: set[str], incompatible: Any) -> LoadReport:
     incorrect_shapes = {entry[0] for entry in incompatible.incorrect_shapes}
     missing = set(incompatible.missing_keys) - incorrect_shapes
     keys_of = {
@@ -81,14 +106,32 @@ def _load_report(model: nn.Module, incompatible: Any) -> LoadReport:
         if isinstance(module, NonLocalBase)
     }
     # A block with any loaded tensor is not new: the ones it lacks are reported as missing.
-    new = [name for name, keys in keys_of.items() if keys <= missing]
+    given = loaded | incorrect_shapes
+    new = [name for name, keys in keys_of.items() if keys.isdisjoint(given)]
     return LoadReport(
-        loaded=model.state_dict().keys() - missing - incorrect_shapes,
+        # Not all that is not missing: norms fill in statistics that a checkpoint does not have.
+        loaded=model.state_dict().keys() & loaded,
         new_blocks=new,
         missing_keys=missing.difference(*(keys_of[name] for name in new)),
         incorrect_shapes=incorrect_shapes,
         unexpected_keys=set(incompatible.unexpected_keys),
     )
+
+
+def _load_model_zoo_file(path: str) -> dict[str, Any]:
+    """Read detectron2's, Caffe2's (``.pkl``) or pycls' (``.pyth``) weights, as detectron2 does."""
+    if path.endswith(".pyth"):
+        weights = load_pth(path)["model_state"]
+        author, unused = "pycls", "num_batches_tracked"
+    else:
+        loaded = load_pkl(path)
+        if "model" in loaded and "__author__" in loaded:
+            return loaded
+        # Caffe2's detectors have their weights under "blobs", its ImageNet models do not.
+        weights = loaded.get("blobs", loaded)
+        author, unused = "Caffe2", "_momentum"
+    kept = {name: weight for name, weight in weights.items() if not name.endswith(unused)}
+    return {"model": kept, "__author__": author, "matching_heuristics": True}
 
 
 def convert_torchvision(weights: dict[str, Any]) -> dict[str, Any]:

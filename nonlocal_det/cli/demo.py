@@ -3,7 +3,8 @@
     nonlocal-det demo
 
 It trains from scratch, on the lamps dataset, on the CPU, and takes some minutes. All output goes to
-``output/demo``; the options are those of ``nonlocal-det train``.
+``output/demo``. Options are those of ``nonlocal-det train``, except for several processes:
+``--resume`` continues a stopped demo; ``--eval-only`` evaluates MODEL.WEIGHTS, and draws.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ import torch
 import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor, default_argument_parser
+from detectron2.engine import default_argument_parser
 from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 
 from ..attention import AttentionRecorder, detection_figure
+from ..checkpoint.detection_checkpoint import NonLocalCheckpointer
+from ..checkpoint.latest import latest_checkpoint
+from ..checkpoint.predictor import Predictor
 from ..engine import Trainer, load_and_check_cfg, setup
+from ..engine.output_dir import check_run_folder, lock_output_dir
 from ..errors import TrainingError, exit_on_error
 from ..utils.plotting import save_figure
 from . import program_name
-from .run_folder import check_run_folder
 
 CONFIG = "lamps_mask_rcnn_R18_NL"
 OUTPUT = os.path.join("output", "demo")
@@ -107,7 +111,7 @@ def print_table(results: Mapping[str, Mapping[str, float]]) -> None:
 def draw(cfg: CfgNode) -> list[str]:
     """Draw detections in some validation images, and the attention map of each; returns paths."""
     dataset = cfg.DATASETS.TEST[0]
-    predictor = DefaultPredictor(cfg)
+    predictor = Predictor(cfg)
     paths = []
     for dataset_dict in DatasetCatalog.get(dataset)[:NUM_FIGURES]:
         image = cv2.imread(dataset_dict["file_name"])
@@ -127,35 +131,66 @@ def draw(cfg: CfgNode) -> list[str]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> Namespace:
-    """Parse detectron2's standard options."""
+    """Parse detectron2's standard options, except for several processes."""
     parser: ArgumentParser = default_argument_parser(__doc__)
     parser.prog = program_name("demo")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.num_gpus > 1 or args.num_machines > 1:
+        parser.error("the demo runs in one process: leave out --num-gpus and --num-machines.")
+    args.config_file = args.config_file or CONFIG
+    args.opts = ["OUTPUT_DIR", OUTPUT, *args.opts]
+    return args
+
+
+def start(args: Namespace) -> CfgNode:
+    """Check everything and start the log, in a file."""
+    cfg = load_and_check_cfg(args).cfg
+    check_run_folder(
+        cfg.OUTPUT_DIR,
+        eval_only=args.eval_only,
+        resume=args.resume,
+        others=("attention", EVALUATION_LOG),
+    )
+    if not args.eval_only:
+        lock_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+    log_to_file(cfg.OUTPUT_DIR)
+    return setup(args)
+
+
+def train(cfg: CfgNode, resume: bool) -> tuple[dict[str, Mapping[str, float]], str]:
+    """Train and evaluate; returns COCO's metrics by task, and the path of the weights."""
+    positions = ", ".join(cfg.MODEL.NONLOCAL.POSITIONS)
+    print(f"Training a Mask R-CNN R18-FPN with a non-local block at {positions} ...")
+    with exit_on_error():
+        trainer = DemoTrainer(cfg)
+        trainer.resume_or_load(resume)
+    with exit_on_error(TrainingError):
+        return trainer.train(), os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+
+
+def evaluate(cfg: CfgNode, resume: bool) -> tuple[dict[str, Mapping[str, float]], str]:
+    """Evaluate; returns COCO's metrics by task, and the path of the weights."""
+    weights = (latest_checkpoint(cfg.OUTPUT_DIR) if resume else "") or cfg.MODEL.WEIGHTS
+    with exit_on_error(TrainingError):
+        model = DemoTrainer.build_model(cfg)
+        NonLocalCheckpointer(model).load(weights)
+        return DemoTrainer.test(cfg, model), weights
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Train, evaluate and draw."""
     args = parse_args(argv)
     torch.set_num_threads(1)  # sums have one order: the same figures with any number of cores
-    args.config_file = args.config_file or CONFIG
-    args.opts = ["OUTPUT_DIR", OUTPUT, *args.opts]
     with exit_on_error():
-        folder = load_and_check_cfg(args).cfg.OUTPUT_DIR
-        check_run_folder(folder, others=("attention", EVALUATION_LOG))
-        log_to_file(folder)
-        cfg = setup(args)
-
-    positions = ", ".join(cfg.MODEL.NONLOCAL.POSITIONS)
-    print(f"Training a Mask R-CNN R18-FPN with a non-local block at {positions} ...")
-    with exit_on_error(TrainingError):
-        results = DemoTrainer(cfg).train()
+        cfg = start(args)
+    results, weights = (evaluate if args.eval_only else train)(cfg, args.resume)
     print_table(results)
 
     print("\nDrawing the attention of the block ...")
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    cfg.MODEL.WEIGHTS = weights
     for path in draw(cfg):
         print(" ", path)
-    print(f"\nThe model is {cfg.MODEL.WEIGHTS}, the log {os.path.join(cfg.OUTPUT_DIR, 'log.txt')}.")
+    print(f"\nThe model is {weights}, the log {os.path.join(cfg.OUTPUT_DIR, 'log.txt')}.")
     return 0

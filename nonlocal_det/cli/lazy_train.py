@@ -6,17 +6,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, Optional
 
-import detectron2.utils.comm as comm
 from detectron2.engine import default_argument_parser
 
 from ..checkpoint.atomic_checkpoint import AtomicCheckpointer
-from ..config import load_lazy_config
 from ..engine.defaults import load_and_check_lazy_cfg, setup_lazy
 from ..engine.launch import launch
 from ..engine.lazy_trainer import LazyTrainer
 from ..errors import TrainingError, exit_on_error
 from . import program_name
-from .run_folder import check_run_folder
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> Namespace:
@@ -43,13 +40,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run(args: Namespace) -> Any:
     """Train or evaluate in one of the run's processes; return the results."""
     with exit_on_error():
-        if comm.is_main_process():
-            folder = load_lazy_config(args.config_file, args.opts).train.output_dir
-            check_run_folder(folder, eval_only=args.eval_only, resume=args.resume)
         cfg = setup_lazy(args)
         if args.eval_only:
             model = LazyTrainer.build_model(cfg)
-            AtomicCheckpointer(model).load(cfg.train.init_checkpoint)
+            checkpointer = AtomicCheckpointer(model, cfg.train.output_dir)
+            checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         else:
             trainer = LazyTrainer(cfg)
             trainer.resume_or_load(resume=args.resume)

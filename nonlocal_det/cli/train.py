@@ -12,14 +12,12 @@ from detectron2.engine import hooks
 from detectron2.evaluation import verify_results
 
 from ..checkpoint.atomic_checkpoint import AtomicCheckpointer
-from ..config import load_config
 from ..engine.dataset_check import run_dataset_check
 from ..engine.defaults import device_of, load_and_check_cfg, nonlocal_argument_parser, setup
 from ..engine.launch import launch
 from ..engine.trainer import Trainer
 from ..errors import TrainingError, exit_on_error
 from . import program_name
-from .run_folder import check_run_folder
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> Namespace:
@@ -49,9 +47,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run(args: Namespace) -> Any:
     """Train or evaluate in one of the run's processes; return the results."""
     with exit_on_error():
-        if comm.is_main_process():
-            folder = load_config(args.config_file, args.opts).OUTPUT_DIR
-            check_run_folder(folder, eval_only=args.eval_only, resume=args.resume)
         cfg = setup(args)
     return evaluate(cfg, args.resume) if args.eval_only else train(cfg, args.resume)
 

@@ -15,7 +15,9 @@ from ..utils.config_files import find_config_file
 from ..utils.deprecation import RenamedOption
 from .custom_data import CustomDatasets, add_dataset_options, load_custom_datasets
 from .launch import resolve_device, world_size_of
+from .output_dir import lock_output_dir
 from .preflight import preflight_check, preflight_check_lazy
+from .resume_check import changed_settings
 from .run_info import append_run_info, choose_seed
 
 
@@ -66,9 +68,17 @@ def setup(args: Namespace) -> CfgNode:
     cfg, device, datasets = load_and_check_cfg(args)
     fell_back_to_cpu = device != cfg.MODEL.DEVICE
     cfg.MODEL.DEVICE = device
+    if not args.eval_only:
+        lock_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     cfg.SEED = choose_seed(cfg.SEED, cfg.OUTPUT_DIR, args)
     cfg.freeze()
+    changed = changed_settings(cfg) if args.resume and not args.eval_only else []
     start_run(cfg, args, cfg.OUTPUT_DIR, cfg.SEED, fell_back_to_cpu=fell_back_to_cpu)
+    if changed:
+        logging.getLogger("detectron2").warning(
+            f"Settings that differ from those of the run that is resumed: {', '.join(changed)}. "
+            f"The optimizer's, such as learning rates, stay those of the checkpoint."
+        )
     datasets.write_and_log(cfg)
     return cfg
 
@@ -133,25 +143,30 @@ def setup_lazy(args: Namespace) -> DictConfig:
     train = cfg.train
     fell_back_to_cpu = device != train.device
     train.device = device
+    if not args.eval_only:
+        lock_output_dir(train.output_dir, "train.output_dir")
     train.seed = choose_seed(train.seed, train.output_dir, args)
     start_run(cfg, args, train.output_dir, train.seed, fell_back_to_cpu=fell_back_to_cpu)
     return cfg
 
 
 def load_and_check_lazy_cfg(args: Namespace) -> CheckedCfg:
-    """Load a LazyConfig and check it, except for its model and weights; nothing is written.
+    """Load a LazyConfig and check everything that would stop the run; nothing is written.
 
     Args:
         args: Parsed flags.
 
     Raises:
-        OSError: If the config or a dataset is missing, or the output directory is not writable.
-        ValueError: If an override cannot be parsed, a dataset name does not exist, the batch cannot
-            be divided, or the processes cannot be started.
+        OSError: If the config, a dataset or weights are missing, or the output directory is not
+            usable.
+        ValueError: If an override cannot be parsed, a dataset name does not exist, a setting, the
+            model or the weights are not usable, the batch cannot be divided, or the processes
+            cannot be started.
     """
     cfg = load_lazy_config(args.config_file, args.opts)
     device = resolve_device(cfg.train.device, "train.device=cpu", args)
-    preflight_check_lazy(cfg, device, world_size_of(args), eval_only=args.eval_only)
+    flags = {"eval_only": args.eval_only, "resume": args.resume}
+    preflight_check_lazy(cfg, device, world_size_of(args), **flags)
     return CheckedCfg(cfg, device)
 
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 from detectron2.engine import HookBase, TrainerBase
 from torch import Tensor
 
-from ..checkpoint.atomic_checkpoint import AtomicCheckpointer, nonfinite_parameters
+from ..checkpoint.atomic_checkpoint import AtomicCheckpointer, nonfinite_tensors
 from ..data.train_loader import ResumableTrainLoader, seed_iteration
 from ..errors import TrainingError, is_out_of_memory
 
@@ -104,9 +104,12 @@ class TrainingErrorHook(HookBase):
             error = error.__cause__ or error.__context__
         if error is None:
             return None
-        kept = "No checkpoint has been written yet."
-        if checkpointer.has_checkpoint():
-            kept = f"{checkpointer.get_checkpoint_file()} is kept; --resume continues from it."
+        path = checkpointer.kept_checkpoint()
+        kept = (
+            f"{path} is kept; --resume continues from it."
+            if path
+            else "No checkpoint has been written yet."
+        )
         return f"Training stopped at iteration {self.trainer.iter}. {reason} {kept}"
 
     def _reason(self, error: BaseException, model: nn.Module) -> Optional[str]:
@@ -134,7 +137,7 @@ class TrainingErrorHook(HookBase):
         return f"The last images {where}: {self._last_images or 'none yet'}."
 
     def _divergence_hint(self, model: nn.Module) -> str:
-        nonfinite = nonfinite_parameters(model)
+        nonfinite = nonfinite_tensors(model)
         cause = (
             f"Weights are not finite ({nonfinite[0]}, for example), so an earlier gradient was not."
             if nonfinite
@@ -202,18 +205,21 @@ class ResumeHook(HookBase):
             self._train_loader.start_batch = start
         if not self.is_resumed:
             return
-        last = truncate_metrics(self._metrics_file, start) if comm.is_main_process() else None
+        goes_on = start < self.trainer.max_iter  # if not, only the evaluation at the end runs again
+        last = None
+        if comm.is_main_process():
+            last = truncate_metrics(self._metrics_file, start, keep_evaluation=goes_on)
         last = comm.all_gather(last)[0]
         if start:
-            self._restore_scalars(start - 1, -1 if last is None else last)
+            written = -1 if last is None else last
+            self._restore_scalars(min(written, start - 2) if goes_on else written)
             self._rerun_pending_hooks(start - 1, last)
 
-    def _restore_scalars(self, iteration: int, written: int) -> None:
-        """Restore scalars of the last iteration, and older ones that were not written yet."""
+    def _restore_scalars(self, after: int) -> None:
+        """Restore the scalars whose latest value is of an iteration after the given one."""
         storage = self.trainer.storage
         for name, scalar in self._scalars.items():
-            newest = scalar["values"][-1][1]
-            if newest == iteration or newest > written:
+            if scalar["values"][-1][1] > after:
                 for value, put_at in scalar["values"]:
                     storage.iter = put_at
                     storage.put_scalar(name, value, smoothing_hint=scalar["smoothing"])
@@ -222,7 +228,7 @@ class ResumeHook(HookBase):
         """Run the hooks after the checkpoint of an iteration, unless its metrics were written."""
         # If no iteration is left, the trainer continues counting from here.
         self.trainer.iter = self.trainer.storage.iter = iteration
-        if written != iteration:
+        if written is None or written < iteration:
             for hook in self._hooks_after_checkpoint:
                 hook.after_step()
 
@@ -231,14 +237,17 @@ class ResumeHook(HookBase):
         seed_iteration(self._seed, self.trainer.iter)
 
 
-def truncate_metrics(path: str, start: int) -> Optional[int]:
+def truncate_metrics(path: str, start: int, *, keep_evaluation: bool = False) -> Optional[int]:
     """Truncate ``metrics.json`` after its last line of an iteration before ``start``.
+
+    The evaluation at the end of a run is logged under the iteration that would have been next.
 
     The file is changed in place: detectron2 has opened it already, to append.
 
     Args:
         path: Path of the file, which need not exist.
         start: First iteration of the resumed run.
+        keep_evaluation: Whether to keep an evaluation at the end of a run that ended at ``start``.
 
     Returns:
         Iteration of the last line that remains; None if none does.
@@ -249,16 +258,19 @@ def truncate_metrics(path: str, start: int) -> Optional[int]:
     with open(path, "rb+") as file:
         for line in file:
             offset += len(line)
-            iteration = _iteration(line)
-            if iteration is not None and iteration < start:
+            row = _parse_metrics(line)
+            iteration = row.get("iteration", start + 1)
+            is_evaluation = iteration == start and "total_loss" not in row
+            if iteration < start or keep_evaluation and is_evaluation:
                 last, end = iteration, offset
         file.truncate(end)
     return last
 
 
-def _iteration(line: bytes) -> Optional[int]:
-    """Return the iteration of a line; None if the line is incomplete."""
+def _parse_metrics(line: bytes) -> dict[str, Any]:
+    """Return the metrics of a line; none if the line is incomplete."""
     try:
-        return json.loads(line)["iteration"] if line.endswith(b"\n") else None
+        row = json.loads(line) if line.endswith(b"\n") else {}
     except ValueError:
-        return None
+        return {}
+    return row if isinstance(row, dict) else {}

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, Callable
 
 import torch
 import torch.nn as nn
@@ -15,7 +16,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from ..checkpoint.detection_checkpoint import LoadReport, NonLocalCheckpointer
-from ..errors import summarize_error
+from ..checkpoint.safe_load import UnsafeWeightsError
+from ..errors import in_user_code, summarize_error
 from ..modeling.supported_positions import check_positions
 
 
@@ -58,7 +60,9 @@ def prepare_inference_cfg(cfg: CfgNode) -> None:
         cfg.MODEL.DEVICE = "cpu"
     check_positions(cfg)
     check_device(cfg.MODEL.DEVICE)
-    check_weights(cfg.MODEL.WEIGHTS, build_on_meta_device(cfg), require_complete=True)
+    model = build_on_meta_device(cfg)
+    if cfg.MODEL.WEIGHTS:  # a model with random weights can be exported and drawn, too
+        check_weights(cfg.MODEL.WEIGHTS, model, require_complete=True)
 
 
 def build_on_meta_device(cfg: CfgNode) -> nn.Module:
@@ -74,14 +78,34 @@ def build_on_meta_device(cfg: CfgNode) -> nn.Module:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    for cfg.MODEL.DEVICE in ("meta", "cpu"):
+
+    def build(device: str) -> nn.Module:
+        cfg.MODEL.DEVICE = device
+        return build_model(cfg)
+
+    return without_memory(build)
+
+
+def without_memory(build: Callable[[str], nn.Module]) -> nn.Module:
+    """Build a model on the meta device or, where that cannot be, on the CPU.
+
+    Args:
+        build: Function that builds the model on a device.
+
+    Raises:
+        ValueError: If detectron2 cannot build the model; the message gives the cause. An error in
+            the user's own code is raised as it is.
+    """
+    for device in ("meta", "cpu"):
         try:
-            with torch.device(cfg.MODEL.DEVICE), _silenced():
-                return build_model(cfg)
+            with torch.device(device), _silenced():
+                return build(device)
         except ValueError:
             raise
         except Exception as error:
             failure = error
+    if in_user_code(failure):
+        raise failure
     frames = traceback.extract_tb(failure.__traceback__)
     where = [frame for frame in frames if f"{os.sep}detectron2{os.sep}" in frame.filename][-1:]
     line = f", at `{where[0].line}` in {os.path.basename(where[0].filename)}" if where else ""
@@ -90,49 +114,72 @@ def build_on_meta_device(cfg: CfgNode) -> nn.Module:
     ) from failure
 
 
-def check_weights(path: str, model: nn.Module, *, require_complete: bool) -> None:
+def check_weights(
+    path: str, model: nn.Module, *, require_complete: bool, key: str = "MODEL.WEIGHTS"
+) -> None:
     """Check that a local checkpoint can be read and matches a model.
 
     Args:
-        path: Path of the checkpoint, ``MODEL.WEIGHTS``; a URL is not checked.
+        path: Path of the checkpoint; a URL is not checked.
         model: Model that the checkpoint is loaded into, as far as it has memory.
-        require_complete: Whether the checkpoint must have all tensors except those of new blocks.
+        require_complete: Whether there must be a checkpoint, with all tensors except those of new
+            blocks.
+        key: Config key of the path, for the error message.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it cannot be read, if none of its tensors matches, or if tensors are missing
             that are required.
     """
+    if require_complete and not path:
+        raise ValueError(
+            f"{key} is empty, so the model would have randomly initialized weights; it must be a "
+            f"checkpoint."
+        )
     if not path or "://" in path:
         return
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"MODEL.WEIGHTS is {path!r}, which is not a file.")
-    with _silenced():
-        report = _load(path, model)
-    # torch adds these counters where a checkpoint has none.
-    if all(name.endswith("num_batches_tracked") for name in report.loaded):
+        raise FileNotFoundError(f"{key} is {path!r}, which is not a file.")
+    report, _ = load_silently(path, model, key)
+    if not report.loaded:
         raise ValueError(
-            f"No tensor in MODEL.WEIGHTS {path!r} matches this model by name and shape. The "
+            f"No tensor in {key} {path!r} matches this model by name and shape. The "
             f"checkpoint has {_excerpt(report.unexpected_keys | report.incorrect_shapes)}; the "
             f"model expects {_excerpt(model.state_dict().keys())}."
         )
     lacking = [*report.incorrect_shapes, *report.missing_keys]
     if require_complete and lacking:
         raise ValueError(
-            f"MODEL.WEIGHTS {path!r} does not match this model: {len(lacking)} tensors are missing "
+            f"{key} {path!r} does not match this model: {len(lacking)} tensors are missing "
             f"or have another shape ({_excerpt(lacking)}). Evaluation would use randomly "
             f"initialized weights."
         )
 
 
-def _load(path: str, model: nn.Module) -> LoadReport:
+def load_silently(path: str, model: nn.Module, key: str) -> tuple[LoadReport, dict[str, Any]]:
+    """Load a checkpoint into a model; nothing is logged, for the run does it again.
+
+    Args:
+        path: Path of the checkpoint.
+        model: Model to load it into.
+        key: Config key of the path, for the error message.
+
+    Returns:
+        Report on its tensors, and its other contents.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
     checkpointer = NonLocalCheckpointer(model, save_to_disk=False)
     try:
-        checkpointer.load(path, checkpointables=[])
-        return checkpointer.load_report
+        with _silenced():
+            rest = checkpointer.load(path, checkpointables=[])
+        return checkpointer.load_report, rest
+    except UnsafeWeightsError:
+        raise
     except Exception as error:  # pickle and torch raise errors of any kind
         raise ValueError(
-            f"MODEL.WEIGHTS {path!r} cannot be read as a checkpoint of torch (.pth) or of "
+            f"{key} {path!r} cannot be read as a checkpoint of torch (.pth) or of "
             f"detectron2 (.pkl): {summarize_error(error)}."
         ) from error
 

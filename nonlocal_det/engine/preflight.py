@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Collection, Iterable
 from typing import Union
 
+import torch
 import torch.nn as nn
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
@@ -19,10 +21,13 @@ from ..evaluation.evaluators import check_evaluator
 from ..modeling.block_factory import check_batch_norms
 from ..modeling.supported_positions import check_positions
 from ..utils.file_io import ensure_writable_dir
-from ..utils.validation import check_positive_int
+from ..utils.validation import check_int_in, check_positive_int
 from .annotation_check import check_annotations
 from .custom_data import TRAIN, VAL
-from .model_check import build_on_meta_device, check_device, check_weights
+from .model_check import build_on_meta_device, check_device, check_weights, without_memory
+from .output_dir import check_output_dir
+from .resume_check import check_resumable
+from .settings_check import check_lazy_train_settings, check_train_settings
 from .train_loop import resolve_amp_dtype
 from .trained_classes import check_all_classes
 from .trainer import Trainer
@@ -68,34 +73,43 @@ def preflight_check(
     check_device(device)
     if not eval_only:
         _check_solver(cfg, world_size, device)
+        check_train_settings(cfg, world_size)
     model = build_on_meta_device(cfg)
     if not eval_only:
         images = Trainer.auto_scale_workers(cfg, world_size).SOLVER.IMS_PER_BATCH
         micro_batch = images // (world_size * cfg.SOLVER.ACCUMULATION_STEPS)
         check_batch_norms(model, micro_batch, world_size)
-    _check_schedule(cfg, model)
+    optimizer = _check_schedule(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         _check_augmentation(cfg, model)
-    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if not (resume and os.path.exists(last)):
-        check_weights(cfg.MODEL.WEIGHTS, model, require_complete=eval_only)
+    last = check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR", eval_only=eval_only, resume=resume)
+    if last and not eval_only:
+        check_resumable(last, model, optimizer)
+    else:
+        check_weights(last or cfg.MODEL.WEIGHTS, model, require_complete=eval_only)
     ensure_writable_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
 
 
 def preflight_check_lazy(
-    cfg: DictConfig, device: str, world_size: int, *, eval_only: bool = False
+    cfg: DictConfig,
+    device: str,
+    world_size: int,
+    *,
+    eval_only: bool = False,
+    resume: bool = False,
 ) -> None:
-    """Check that training or evaluation with a LazyConfig can start, except for its model.
+    """Check that training or evaluation with a LazyConfig can start.
 
     Args:
         cfg: Config of the run.
         device: Device to run on.
         world_size: Number of processes on all machines.
         eval_only: Whether the run only evaluates.
+        resume: Whether the run resumes from its last checkpoint, if there is one.
 
     Raises:
-        OSError: If a dataset is missing or the output directory is not writable.
-        ValueError: If a setting is not valid.
+        OSError: If a file or directory is missing or not usable.
+        ValueError: If any setting is not valid.
     """
     train, data = cfg.train, cfg.dataloader
     for loader in (data.test,) if eval_only else (data.train, data.test):
@@ -110,7 +124,22 @@ def preflight_check_lazy(
             world_size,
             keys=("dataloader.train.total_batch_size", "train.accumulation_steps"),
         )
+        check_lazy_train_settings(cfg, world_size)
+    model = without_memory(lambda device: instantiate(cfg.model).to(device))
+    flags = {"eval_only": eval_only, "resume": resume}
+    last = check_output_dir(train.output_dir, "train.output_dir", **flags)
+    if last and not eval_only:
+        check_resumable(last, model, _build_lazy_optimizer(cfg, model))
+    else:
+        weights, key = last or train.init_checkpoint, "train.init_checkpoint"
+        check_weights(weights, model, require_complete=eval_only, key=key)
     ensure_writable_dir(train.output_dir, "train.output_dir")
+
+
+def _build_lazy_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = copy.deepcopy(cfg.optimizer)
+    optimizer.params.model = model
+    return instantiate(optimizer)
 
 
 def _as_list(names: Union[str, Iterable[str]]) -> list[str]:
@@ -119,6 +148,14 @@ def _as_list(names: Union[str, Iterable[str]]) -> list[str]:
 
 def _check_solver(cfg: CfgNode, world_size: int, device: str) -> None:
     solver = cfg.SOLVER
+    reference = solver.REFERENCE_WORLD_SIZE
+    check_int_in("SOLVER.REFERENCE_WORLD_SIZE", reference, 0)
+    check_positive_int("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH)
+    if reference and solver.IMS_PER_BATCH % reference:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a multiple of "
+            f"SOLVER.REFERENCE_WORLD_SIZE, {reference}."
+        )
     images_per_batch = Trainer.auto_scale_workers(cfg, world_size).SOLVER.IMS_PER_BATCH
     check_batch_size(images_per_batch, solver.ACCUMULATION_STEPS, world_size)
     check_positive_int("SOLVER.MAX_ITER", solver.MAX_ITER)
@@ -153,17 +190,18 @@ def check_batch_size(
         )
 
 
-def _check_schedule(cfg: CfgNode, model: nn.Module) -> None:
-    """Check that optimizer and learning rate schedule can be built."""
+def _check_schedule(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Check that optimizer and learning rate schedule can be built; return the optimizer."""
     optimizer = Trainer.build_optimizer(cfg, model)
     try:
         Trainer.build_lr_scheduler(cfg, optimizer)
-    except (ValueError, AssertionError) as error:
+    except Exception as error:  # TypeError, for steps that are not numbers
         raise ValueError(
             f"The schedule of SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME!r}, STEPS "
             f"{cfg.SOLVER.STEPS} and MAX_ITER {cfg.SOLVER.MAX_ITER} cannot be built: "
             f"{summarize_error(error)}."
         ) from error
+    return optimizer
 
 
 def _check_augmentation(cfg: CfgNode, model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ..checkpoint.latest import latest_checkpoint
 from ..errors import summarize_error
 
 CLASSES = "classes"  # key of a checkpoint
@@ -56,11 +57,8 @@ def read_trained_classes(cfg: CfgNode, *, eval_only: bool, resume: bool) -> dict
         Names by metadata key; nothing if there is no such checkpoint, or if another program, or an
         earlier version, has written it.
     """
-    path = cfg.MODEL.WEIGHTS if eval_only else ""
-    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if resume and os.path.isfile(last):
-        with open(last, encoding="utf-8") as file:
-            path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+    last = latest_checkpoint(cfg.OUTPUT_DIR) if resume else ""
+    path = last or (cfg.MODEL.WEIGHTS if eval_only else "")
     if not os.path.isfile(path):
         return {}
     try:  # by mmap, the weights are not read

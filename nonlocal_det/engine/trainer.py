@@ -177,6 +177,7 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
             weight_decay=cfg.SOLVER.WEIGHT_DECAY,
             weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         )
         optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return optimizer(groups, lr=cfg.SOLVER.BASE_LR)

@@ -18,14 +18,14 @@ def ensure_writable_dir(path: str, option: str = "--output") -> None:
     """Create a directory and check that files can be written to it.
 
     Args:
-        path: Local directory. A URL is not checked.
+        path: Local directory.
         option: Option or config key that names the directory, for the error message.
 
     Raises:
-        OSError: If the directory cannot be created or written to.
+        OSError: If the directory cannot be created or written to, or is a URL.
     """
     if "://" in path:
-        return
+        raise OSError(f"{option} is {path!r}, a URL; it must be a local directory.")
     try:
         os.makedirs(path, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

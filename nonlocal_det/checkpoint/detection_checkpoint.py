@@ -100,6 +100,7 @@ class LoadReport:
 def _load_report(model: nn.Module, loaded: set[str], incompatible: Any) -> LoadReport:
     incorrect_shapes = {entry[0] for entry in incompatible.incorrect_shapes}
     missing = set(incompatible.missing_keys) - incorrect_shapes
+    expected = model.state_dict().keys()
     keys_of = {
         name: {f"{name}.{key}" for key in module.state_dict()}
         for name, module in model.named_modules()
@@ -109,8 +110,8 @@ def _load_report(model: nn.Module, loaded: set[str], incompatible: Any) -> LoadR
     given = loaded | incorrect_shapes
     new = [name for name, keys in keys_of.items() if keys.isdisjoint(given)]
     return LoadReport(
-        # Not all that is not missing: norms fill in statistics that a checkpoint does not have.
-        loaded=model.state_dict().keys() & loaded,
+        # Norms fill in statistics that a checkpoint does not have; by themselves they are nothing.
+        loaded=expected - missing - incorrect_shapes if expected & loaded else set(),
         new_blocks=new,
         missing_keys=missing.difference(*(keys_of[name] for name in new)),
         incorrect_shapes=incorrect_shapes,

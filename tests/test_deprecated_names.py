@@ -150,7 +150,7 @@ def test_the_wrapped_backbone(way, tmp_path):
     cfg.MODEL.BACKBONE.NAME = "build_nonlocal_backbone"
     with pytest.warns(FutureWarning, match="BACKBONE is now MODEL.NONLOCAL.WRAPPED_BACKBONE;"):
         model = build_backbone(cfg)
-    assert type(model) is ResNet and list(model.non_local) == ["res4"]
+    assert isinstance(model, ResNet) and list(model.non_local) == ["res4"]
 
 
 @pytest.mark.parametrize(("old", "new", "said"), SETTINGS)

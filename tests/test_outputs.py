@@ -33,7 +33,7 @@ from nonlocal_det.cli import (
 )
 from nonlocal_det.config import load_config
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
-from nonlocal_det.engine.output_dir import check_run_folder
+from nonlocal_det.engine.output_dir import LOCK_FILE, check_run_folder
 from nonlocal_det.utils.outputs import HIDDEN_FOLDER, CommandOutputs
 
 CONFIG = Path(__file__).parents[1] / "configs" / "lamps_mask_rcnn_R18_NL.yaml"
@@ -231,10 +231,13 @@ def test_runs_keep_files_of_no_run(name, lamps, tmp_path, monkeypatch, capsys):
         (tmp_path / file).unlink()
 
 
-def test_folders_of_runs_are_known_by_their_configs(tmp_path):
+def test_folders_of_runs_are_known_by_their_configs_or_locks(tmp_path):
     folder = str(tmp_path)
-    (tmp_path / "model_final.pth").touch()
-    (tmp_path / "log.txt").touch()
+    (tmp_path / "config.yaml").touch()  # left by a run that was killed as it began
+    check_run_folder(folder)
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "model_final.pth").write_text("of the user")
+    (tmp_path / "log.txt").write_text("of the user")
     with pytest.raises(FileExistsError, match="log.txt"):
         check_run_folder(folder, eval_only=True)
     check_run_folder(folder, resume=True)  # its config may not have been copied
@@ -248,6 +251,8 @@ def test_folders_of_runs_are_known_by_their_configs(tmp_path):
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(FileExistsError, match="config.yaml"):
         check_run_folder(folder)
+    (tmp_path / LOCK_FILE).touch()
+    check_run_folder(folder)
 
 
 # ---- output files themselves

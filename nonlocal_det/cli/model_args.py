@@ -56,6 +56,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     cfg.MODEL.WEIGHTS = weights
     cfg.OUTPUT_DIR = os.path.join(args.output, HIDDEN_FOLDER)
     args.eval_only = not args.train_json  # then the dataset for evaluation is enough
+    args.resume = False
     datasets = load_custom_datasets(cfg, args)
     datasets.apply_to(cfg)
     prepare_inference_cfg(cfg)

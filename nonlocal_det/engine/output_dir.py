@@ -56,7 +56,9 @@ def check_output_dir(path: str, key: str, *, eval_only: bool, resume: bool) -> s
 def check_run_folder(
     folder: str, *, eval_only: bool = False, resume: bool = False, others: Sequence[str] = ()
 ) -> None:
-    """Check that a run may write to a folder, which a run is known by its ``config.yaml``.
+    """Check that a run may write to a folder.
+
+    A run's folder is known by its `LOCK_FILE` or its ``config.yaml``.
 
     Args:
         folder: Output folder; a URL is not checked.
@@ -67,12 +69,14 @@ def check_run_folder(
     Raises:
         FileExistsError: If the folder has files of the names of a run's, but is not that of a run.
     """
-    if "://" in folder or _has_written_config(folder):
+    is_locked = os.path.exists(os.path.join(folder, LOCK_FILE))
+    if "://" in folder or is_locked or _has_written_config(folder):
         return
     names = ("config.yaml",) if resume else _EVALUATION_FILES if eval_only else _TRAINING_FILES
     for name in (*names, *others):
         path = os.path.join(folder, name)
-        if os.path.lexists(path):
+        # An empty file is what a run leaves that was killed as it began to write.
+        if os.path.lexists(path) and not (os.path.isfile(path) and os.path.getsize(path) == 0):
             raise FileExistsError(
                 f"{path!r} would be overwritten, and {folder!r} is not the output folder of an "
                 f"earlier run; choose another one."

@@ -112,6 +112,8 @@ def preflight_check_lazy(
         ValueError: If any setting is not valid.
     """
     train, data = cfg.train, cfg.dataloader
+    flags = {"eval_only": eval_only, "resume": resume}
+    last = check_output_dir(train.output_dir, "train.output_dir", **flags)
     for loader in (data.test,) if eval_only else (data.train, data.test):
         for name in _as_list(loader.dataset.names):
             check_dataset_registered(name)
@@ -126,8 +128,6 @@ def preflight_check_lazy(
         )
         check_lazy_train_settings(cfg, world_size)
     model = without_memory(lambda device: instantiate(cfg.model).to(device))
-    flags = {"eval_only": eval_only, "resume": resume}
-    last = check_output_dir(train.output_dir, "train.output_dir", **flags)
     if last and not eval_only:
         check_resumable(last, model, _build_lazy_optimizer(cfg, model))
     else:

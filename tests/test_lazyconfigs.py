@@ -159,7 +159,12 @@ def test_an_image_that_cannot_be_loaded_is_named(split, flags, tmp_path):
     for path in (tmp_path / "lamps" / split).iterdir():
         path.write_bytes(path.read_bytes()[:200])
     output = f"train.output_dir={tmp_path / 'output'}"
-    done = lazy_train(tmp_path, *flags, *CONFIG, *SHORT, output, fails=True)
+    weights = f"train.init_checkpoint={tmp_path / 'model.pth'}"
+    if flags:
+        config = LazyConfig.apply_overrides(LazyConfig.load(str(CONFIG[1])), list(SHORT))
+        torch.save(instantiate(config.model).state_dict(), tmp_path / "model.pth")
+    overrides = (output, weights) if flags else (output,)
+    done = lazy_train(tmp_path, *flags, *CONFIG, *SHORT, *overrides, fails=True)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("lazyconfig_train_net.py: error: ") and "truncated" in last
     assert f"/lamps/{split}/0" in last and ("stopped at iteration 0" in last) == (not flags)

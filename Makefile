@@ -10,7 +10,7 @@ demo: setup
 	DETECTRON2_DATASETS=datasets "$(BIN)" -W ignore tools/demo.py --resume
 
 # Neighboring tests share models and stay together, until a process has nothing left to do.
-PYTEST = "$(BIN)" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST = "$(BIN)" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)

@@ -404,6 +404,9 @@ def test_model_of_more_classes_than_names_is_drawn(tmp_path, capsys):
 
 def test_commands_take_custom_datasets(tmp_path, capsys):
     """One is corrected: the image of a missing file is left out."""
+    for name in {"custom_train", "custom_val"} & set(DatasetCatalog.list()):  # of another test
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
     folder = str(tmp_path / "custom")
     write_dataset(folder, "val", 2)
     json_file, images = annotation_file(folder, "val"), image_root(folder, "val")

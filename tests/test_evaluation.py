@@ -441,9 +441,11 @@ def test_an_evaluator_s_package_is_asked_for(dataset, package):
 def test_augmentation_evaluates_boxes_and_masks(tmp_path):
     augmented = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(40,56)", "TEST.AUG.FLIP", True)
     workspace = Workspace(tmp_path)
+    workspace.train("trained", "SOLVER.MAX_ITER", 1)
     workspace.train(
         "out",
         "--eval-only",
+        *("MODEL.WEIGHTS", tmp_path / "trained" / "model_final.pth"),
         *("DATASETS.TEST", f"('{DATASET}',)", "INPUT.MIN_SIZE_TEST", 48),
         *augmented,
     )

@@ -186,8 +186,8 @@ def load_silently(path: str, model: nn.Module, key: str) -> tuple[LoadReport, di
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Suppress logs and warnings within the body: the run will repeat them."""
-    logging.disable(logging.WARNING)
+    """Suppress logs and warnings within the body; the run repeats them, or an error says it."""
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

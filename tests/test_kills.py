@@ -2,9 +2,6 @@
 
 Whatever happens, nothing whole is overwritten, and each run resumes from the newest whole
 checkpoint or says in one sentence why not.
-
-Mutations tried by hand; each makes at least one test here fail: resuming only where there is a
-``last_checkpoint``.
 """
 
 from __future__ import annotations

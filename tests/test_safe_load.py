@@ -124,7 +124,7 @@ def test_names_beside_the_allowed_ones_are_refused(case: str, tmp_path: Path) ->
 def test_numpy_constructors_cannot_be_called_with_a_buffer(tmp_path: Path) -> None:
     """``ndarray((1,), "O", b"AAAAAAAA")`` would take the bytes for a pointer."""
     path = tmp_path / "evil.pkl"
-    path.write_bytes(b"\x80\x02cnumpy\nndarray\nK\x01\x85U\x01OU\x08AAAAAAAA\x87R.")
+    path.write_bytes(b"\x80\x02cnumpy\nndarray\nK\x01\x85U\x01OC\x08AAAAAAAA\x87R.")
     with pytest.raises(TypeError):
         load_pkl(str(path))
 

@@ -125,7 +125,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         )
     cfg = get_cfg()
     add_nonlocal_config(cfg)
-    known = list(_keys(cfg))
+    known = [key for key, _ in _flatten(cfg)]
     if len(opts) % 2:
         raise ValueError(f"After the flags come pairs of KEY VALUE, not {' '.join(opts)!r}.")
     try:
@@ -199,12 +199,37 @@ def _check_lazy_key(cfg: DictConfig, key: str) -> None:
         raise ValueError(f"There is no configuration key {key}.{hint}")
 
 
-def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Iterate over all keys below a node, in dotted notation."""
+def differing_settings(config_file: str, cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
+    """Compare a config with the one that a run has written.
+
+    Args:
+        config_file: Path of the run's ``config.yaml``.
+        cfg: Config to compare.
+
+    Returns:
+        The run's value and the config's, by key; keys that only one of them has are left out.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is no YAML file of keys and values.
+    """
+    try:
+        with open(config_file, encoding="utf-8") as file:
+            written = dict(_flatten(yaml.safe_load(file) or {}))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{config_file!r} is not the config of a run.") from error
+    settings = dict(_flatten(yaml.safe_load(cfg.dump())))
+    shared = settings.keys() & written.keys()
+    return {k: (written[k], v) for k, v in settings.items() if k in shared and written[k] != v}
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over all values below a node, by their keys in dotted notation."""
     for name, value in node.items():
-        yield prefix + name
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _explain(error: Exception, known: list[str]) -> str:

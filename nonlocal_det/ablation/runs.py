@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Optional
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ..config import load_config
+from ..config import differing_settings, load_config
 from ..engine import check_dataset_registered
 from ..engine.run_info import read_run_info
 from ..modeling.supported_positions import check_positions
@@ -57,11 +56,11 @@ def check_suite(suite: Suite, output: str) -> str:
         check_positions(cfg)
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             check_dataset_registered(name)
-        check_run_folder(os.path.join(output, run.folder), cfg)
+        check_same_run(os.path.join(output, run.folder), cfg)
     return cfg.MODEL.DEVICE
 
 
-def check_run_folder(folder: str, cfg: CfgNode) -> None:
+def check_same_run(folder: str, cfg: CfgNode) -> None:
     """Check that what a run's folder holds, if anything, is of this run.
 
     Args:
@@ -79,11 +78,10 @@ def check_run_folder(folder: str, cfg: CfgNode) -> None:
         raise FileExistsError(
             f"{folder!r} has files that are of no run; move them, or choose another --output."
         )
-    before, now = _settings(load_config(config)), _settings(cfg)
     differing = [
-        f"{key} was {before.get(key)!r}, is {value!r}"
-        for key, value in now.items()
-        if before.get(key) != value
+        f"{key} was {before!r}, is {value!r}"
+        for key, (before, value) in differing_settings(config, cfg).items()
+        if key not in ("OUTPUT_DIR", "MODEL.DEVICE")
     ]
     if differing:
         raise ValueError(
@@ -99,19 +97,6 @@ def _is_just_begun(folder: str) -> bool:
         with open(os.path.join(folder, LOG), "rb") as log:
             return log.read(len(PROMPT)) == PROMPT
     return not names
-
-
-def _settings(cfg: CfgNode) -> dict[str, Any]:
-    """The value of each key that a run must not change."""
-    flat: dict[str, Any] = {}
-    pending = list(yaml.safe_load(cfg.dump()).items())
-    while pending:
-        key, value = pending.pop(0)
-        if isinstance(value, dict):
-            pending[:0] = [(f"{key}.{name}", part) for name, part in value.items()]
-        elif key not in ("OUTPUT_DIR", "MODEL.DEVICE"):
-            flat[key] = value
-    return flat
 
 
 def train_all(suite: Suite, output: str, *, jobs: int, threads: int) -> Iterator[dict[str, Any]]:
@@ -144,7 +129,7 @@ def train(suite: Suite, run: Run, output: str, threads: int) -> dict[str, Any]:
         RuntimeError: If the training fails.
     """
     folder = os.path.join(output, run.folder)
-    check_run_folder(folder, load_config(suite.config, run.options))
+    check_same_run(folder, load_config(suite.config, run.options))
     result = read_result(folder)
     if result is not None:
         return result

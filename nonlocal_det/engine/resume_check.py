@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn as nn
-import yaml
 from detectron2.config import CfgNode
 
+from ..config import differing_settings
 from .model_check import load_silently
 
 
@@ -61,21 +60,11 @@ def changed_settings(cfg: CfgNode) -> list[str]:
         A phrase per setting, as in "SEED 2 (was 1)"; none if there is no readable ``config.yaml``.
     """
     try:
-        with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), encoding="utf-8") as file:
-            earlier = dict(_flatten(yaml.safe_load(file)))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        differing = differing_settings(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), cfg)
+    except (OSError, ValueError):
         return []
     return [
-        f"{key} {value!r} (was {earlier[key]!r})"
-        for key, value in _flatten(yaml.safe_load(cfg.dump()))
-        if earlier.get(key, value) != value and key != "OUTPUT_DIR"
+        f"{key} {value!r} (was {earlier!r})"
+        for key, (earlier, value) in differing.items()
+        if key != "OUTPUT_DIR"
     ]
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over all values below a node, by their keys in dotted notation."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -382,6 +382,7 @@ def test_names_are_those_of_as_many_classes_and_keypoints(architecture):
     cfg = load_config(CONFIG, ["MODEL.META_ARCHITECTURE", architecture])
     node = cfg.MODEL.RETINANET if architecture == "RetinaNet" else cfg.MODEL.ROI_HEADS
     cfg.DATASETS.TEST, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = ("lamps_val",), 17
+    cfg.MODEL.KEYPOINT_ON = True
     for node.NUM_CLASSES, expected in ((3, ["amber", "teal", "violet"]), (2, None), (5, None)):
         assert matching_metadata(cfg).get("thing_classes") == expected
     cfg.DATASETS.TEST, node.NUM_CLASSES = ("keypoints_coco_2017_val",), 1

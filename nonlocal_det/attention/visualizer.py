@@ -17,6 +17,7 @@ from detectron2.structures import Boxes, Instances
 from matplotlib.figure import Figure
 
 from ..checkpoint.predictor import Predictor
+from ..modeling.predictions import predicted_counts
 from ..utils.outputs import CommandOutputs
 from ..utils.plotting import save_figure
 from .explorer import explorer_page
@@ -219,16 +220,10 @@ def matching_metadata(cfg: CfgNode) -> Metadata:
     """
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
     metadata = MetadataCatalog.get(names[0]).as_dict() if names else {}
-    is_retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    num_classes = (cfg.MODEL.RETINANET if is_retinanet else cfg.MODEL.ROI_HEADS).NUM_CLASSES
-    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    for key, count in (
-        ("thing_classes", num_classes),
-        ("thing_colors", num_classes),
-        ("keypoint_names", num_keypoints),
-    ):
-        if len(metadata.get(key) or ()) != count:
-            metadata.pop(key, None)
+    for key, (_, count) in predicted_counts(cfg).items():
+        for names in (key, "thing_colors") if key == "thing_classes" else (key,):
+            if len(metadata.get(names) or ()) != count:
+                metadata.pop(names, None)
     return Metadata(**metadata)
 
 

@@ -10,6 +10,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
 from ..data.dataset_report import DatasetReport, print_reports
+from ..modeling.predictions import predicted_counts
 from .custom_data import custom_files, validate_files
 from .trained_classes import read_trained_classes
 
@@ -56,7 +57,6 @@ def _registered_files(cfg: CfgNode) -> dict[str, tuple[str, str]]:
 
 def _check_num_classes(cfg: CfgNode, report: DatasetReport) -> None:
     """Check that the model has as many classes as the dataset; custom datasets set them."""
-    node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
-    num_classes = cfg.MODEL[node].NUM_CLASSES
-    if report.classes and num_classes != len(report.classes):
-        report.add("num_classes", [f"MODEL.{node}.NUM_CLASSES is {num_classes}"])
+    key, count = predicted_counts(cfg).get("thing_classes", ("", 0))
+    if key and report.classes and count != len(report.classes):
+        report.add("num_classes", [f"{key} is {count}"])

@@ -13,16 +13,10 @@ from detectron2.utils.file_io import PathManager
 
 from ..checkpoint.latest import latest_checkpoint
 from ..errors import summarize_error
+from ..modeling.predictions import predicted_counts
 
 CLASSES = "classes"  # key of a checkpoint
 _KINDS = ("thing_classes", "stuff_classes", "keypoint_names")
-# Config nodes with a NUM_CLASSES, and the metadata with the names, by detectron2's architectures.
-_CLASS_NODES = {
-    "GeneralizedRCNN": {"ROI_HEADS": "thing_classes"},
-    "RetinaNet": {"RETINANET": "thing_classes"},
-    "SemanticSegmentor": {"SEM_SEG_HEAD": "stuff_classes"},
-    "PanopticFPN": {"ROI_HEADS": "thing_classes", "SEM_SEG_HEAD": "stuff_classes"},
-}
 
 
 class TrainedClasses:
@@ -83,10 +77,10 @@ def check_all_classes(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     trained = read_trained_classes(cfg, eval_only=eval_only, resume=resume)
     for dataset_name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
         names = {kind: _names(dataset_name, kind) for kind in _KINDS}
-        for key, (count, kind) in _counts(cfg).items():
+        for kind, (key, count) in predicted_counts(cfg).items():
             if names[kind] and len(names[kind]) != count:
                 raise ValueError(
-                    f"MODEL.{key} is {count}, but dataset {dataset_name!r} has "
+                    f"{key} is {count}, but dataset {dataset_name!r} has "
                     f"{len(names[kind])}: {_excerpt(names[kind])}."
                 )
             _check_order(dataset_name, names[kind], trained.get(kind, []))
@@ -94,19 +88,6 @@ def check_all_classes(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
             _check_same(dataset_name, names, trained)
         if not (trained or eval_only):
             trained = names
-
-
-def _counts(cfg: CfgNode) -> dict[str, tuple[int, str]]:
-    """Return each number of classes or keypoints, and the metadata key of their names."""
-    model = cfg.MODEL
-    counts = {
-        f"{node}.NUM_CLASSES": (model[node].NUM_CLASSES, kind)
-        for node, kind in _CLASS_NODES.get(model.META_ARCHITECTURE, {}).items()
-    }
-    if model.KEYPOINT_ON:
-        number = model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-        counts["ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = number, "keypoint_names"
-    return counts
 
 
 def _names(dataset_name: str, kind: str) -> list[str]:

@@ -17,6 +17,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from ..modeling.predictions import OUTPUTS
 from .coco_evaluation import ReportingCOCOEvaluator
 
 # What an evaluator of each type evaluates: outputs of a model.
@@ -35,13 +36,6 @@ _PACKAGES = {
     "lvis": ("lvis", "lvis"),
     "cityscapes_instance": ("cityscapesscripts", "cityscapesScripts"),
     "cityscapes_sem_seg": ("cityscapesscripts", "cityscapesScripts"),
-}
-# Outputs of detectron2's architectures; others are not checked.
-_OUTPUTS = {
-    "GeneralizedRCNN": ("instances",),
-    "RetinaNet": ("instances",),
-    "SemanticSegmentor": ("sem_seg",),
-    "PanopticFPN": ("instances", "sem_seg", "panoptic_seg"),
 }
 
 
@@ -62,7 +56,7 @@ def check_evaluator(dataset_name: str, architecture: str) -> None:
             f"be evaluated; {', '.join(_EVALUATED)} can."
         )
     needed = _EVALUATED[kind]
-    outputs = _OUTPUTS.get(architecture, (needed,))
+    outputs = OUTPUTS.get(architecture, (needed,))
     if needed not in outputs:
         raise ValueError(
             f"Dataset {dataset_name!r} of DATASETS.TEST is evaluated by {needed}, but a "

@@ -32,8 +32,7 @@ def check_positive_int(name: str, value: object, divides: Optional[dict[str, int
     Raises:
         ValueError: If it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
+    check_int_in(name, value, 1)
     for other, number in (divides or {}).items():
         if number % value:
             raise ValueError(f"{name} is {value}; it must divide {other}, which is {number}.")

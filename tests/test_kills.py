@@ -1,7 +1,7 @@
 """Runs that are killed at random moments, with files removed or cut in between.
 
-Whatever happens, nothing whole is overwritten, and each run resumes from the newest whole
-checkpoint or says in one sentence why not.
+Whatever happens, no valid checkpoint is overwritten, and each run resumes from the newest valid
+one or says in one sentence why not.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def test_kills_and_damage_lose_nothing(number: int, tmp_path: Path) -> None:
     workspace, rng = Workspace(tmp_path), random.Random(number)
     output, resumed, refused = tmp_path / "killed", 0, 0
     for _ in range(ROUNDS):
-        whole = whole_checkpoints(output)
+        valid = valid_checkpoints(output)
         run = workspace.start("killed", *OPTIONS)
         strike(run, output, rng, number)
         said = (tmp_path / "killed.said").read_text()
         assert "Traceback" not in said, said[-3000:]
-        after = whole_checkpoints(output)
-        assert whole.items() <= after.items()
+        after = valid_checkpoints(output)
+        assert valid.items() <= after.items()
         started = re.search(r"Starting training from iteration (\d+)", said)
         if started:
-            assert int(started[1]) == max(map(iteration_of, whole), default=-1) + 1
-            resumed += bool(whole)
+            assert int(started[1]) == max(map(iteration_of, valid), default=-1) + 1
+            resumed += bool(valid)
         if run.exitcode == 1:
             assert "train_net.py: error: " in said.strip().splitlines()[-1], said[-3000:]
             refused += 1
@@ -55,7 +55,7 @@ def test_kills_and_damage_lose_nothing(number: int, tmp_path: Path) -> None:
     print(f"{ROUNDS} rounds of signal {number}: {resumed} resumed, {refused} refused")
 
 
-def whole_checkpoints(output: Path) -> dict[str, bytes]:
+def valid_checkpoints(output: Path) -> dict[str, bytes]:
     paths = filter(is_intact, saved_checkpoints(str(output)))
     return {os.path.basename(path): Path(path).read_bytes() for path in paths}
 

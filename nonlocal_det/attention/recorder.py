@@ -16,24 +16,17 @@ of the grid of keys; N RoIs of an image.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Optional
 
 import numpy as np
 import torch
 import torch.nn as nn
-from detectron2.modeling import Backbone
-from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from ..layers.base import NonLocalBase
 from ..utils.deprecation import renamed_arguments, renamed_method, renamed_property
+from .call_hooks import CallHooks
 from .geometry import Grid
-from .recorded_call import BlockCall, ImageSize, PooledRoIs, RecordedCall, size_of
+from .recorded_call import RecordedCall
 from .rois import as_points_or_boxes, best_overlapping_roi, smallest_roi_around
 
 # Rows computed at a time, so that the average over a large box fits in memory.
@@ -59,66 +52,18 @@ class AttentionRecorder:
             for name, module in model.named_modules()
             if isinstance(module, NonLocalBase) and module.dims == 2
         }
-        self._handles: list[RemovableHandle] = []
-        self._call = RecordedCall()
-        self._is_called = False  # by ``model(inputs)``, at present
+        self._hooks = CallHooks(model, self._blocks)
 
     def __enter__(self) -> AttentionRecorder:
-        modules = list(self._model.modules())
-        self._attach(self._model, self._on_model)
-        after = self._model.register_forward_hook(self._after_model, always_call=True)
-        self._handles.append(after)
-        # The outermost backbone gets the padded batch.
-        for backbone in [m for m in modules if isinstance(m, Backbone)][:1]:
-            self._attach(backbone, self._on_backbone)
-        for pooler in (m for m in modules if isinstance(m, ROIPooler)):
-            self._attach(pooler, partial(self._on_pooler, pooler))
-        for name, block in self._blocks.items():
-            self._attach(block, partial(self._on_block, name))
+        self._hooks.attach()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_called = False
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.detach()
 
-    def _attach(self, module: nn.Module, hook: Callable[..., None]) -> None:
-        """Call ``hook`` with the arguments of each call of the module, before it."""
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            hook(*bound.args, **bound.kwargs)
-
-        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-
-    def _on_model(self, images: Any, *_: Any, **__: Any) -> None:
-        self._is_called = True
-        self._call = RecordedCall([ImageSize.from_input(image) for image in images])
-        if isinstance(images, Tensor):
-            self._call.padded = size_of(images)
-
-    def _after_model(self, *_: Any) -> None:
-        self._is_called = False
-
-    def _on_backbone(self, images: Tensor, *_: Any, **__: Any) -> None:
-        if not self._is_called:
-            self._call = RecordedCall()
-        self._call.padded = size_of(images)
-        self._call.rois = None
-
-    def _on_pooler(self, pooler: ROIPooler, _: list[Tensor], boxes: list[Boxes]) -> None:
-        self._part().rois = PooledRoIs.from_pooler(pooler, boxes)
-
-    def _on_block(self, name: str, x: Tensor, mask: Optional[Tensor] = None) -> None:
-        # A block called after a pooler runs on its RoIs, until the next call of the backbone.
-        call, mask = self._part(), self._blocks[name].resolve_mask(x, mask)
-        call.block_calls[name] = BlockCall(x.detach(), mask, call.rois)
-
-    def _part(self) -> RecordedCall:
-        """The call that a part of the model runs in; not an earlier call of the model."""
-        if not self._is_called and self._call.image_sizes is not None:
-            self._call = RecordedCall()
-        return self._call
+    @property
+    def _call(self) -> RecordedCall:
+        return self._hooks.call
 
     @property
     def block_names(self) -> list[str]:

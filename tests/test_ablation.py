@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tiny_training import write_short_lamps
 from nonlocal_det.ablation.distance_ap import ap_by_distance
 from nonlocal_det.ablation.receptive_field import receptive_field_radius
 from nonlocal_det.ablation.runs import RESULT, check_suite, train
-from nonlocal_det.ablation.statistics import paired_difference, t_quantile, tables
+from nonlocal_det.ablation.statistics import paired_difference, tables
 from nonlocal_det.ablation.suite import Suite, read_suite
 from nonlocal_det.cli.ablate import main
 from nonlocal_det.config import load_config
@@ -159,7 +160,10 @@ def test_one_pair_has_no_interval() -> None:
     ("freedom", "t"), [(1, 12.706), (2, 4.303), (11, 2.201), (12, 2.179), (30, 2.042), (100, 1.984)]
 )
 def test_quantiles_are_those_of_printed_tables(freedom: int, t: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(t, abs=5e-4)
+    values = [float(seed**2 % 7) for seed in range(freedom + 1)]
+    found = paired_difference(dict(enumerate(values)), dict.fromkeys(range(freedom + 1), 0.0))
+    error = statistics.stdev(values) / math.sqrt(freedom + 1)
+    assert (found.high - found.low) / 2 / error == pytest.approx(t, abs=5e-4)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 11, 12, 30])

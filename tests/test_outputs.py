@@ -78,6 +78,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
+def assert_kept(file: Path, said: str, run) -> None:
+    """A command refuses to write over a file of the user's, and leaves its folder as it is."""
+    file.write_text("_BASE_: of the user")
+    before = contents(file.parent)
+    with pytest.raises(SystemExit, match=said):
+        run()
+    assert contents(file.parent) == before
+    file.unlink()
+
+
 MODEL = ["--config-file", "config.yaml", "--output", "."]
 SMALL = ["MODEL.NONLOCAL.POSITIONS", "('res4[-2]',)"]
 # Command, its arguments in the folder of its inputs, and the files that it writes there.
@@ -112,12 +122,8 @@ def test_files_of_the_names_of_outputs_are_kept(name, inputs, lamps, monkeypatch
     command, arguments, outputs = COMMANDS[name]
     monkeypatch.chdir(inputs)
     for output in outputs:
-        (inputs / output).write_text("of the user")
-        before = contents(inputs)
-        with pytest.raises(SystemExit, match=f"{output}' exists and is not an earlier output"):
-            command.main(arguments)
-        assert contents(inputs) == before
-        (inputs / output).unlink()
+        said = f"{output}' exists and is not an earlier output"
+        assert_kept(inputs / output, said, lambda: command.main(arguments))
 
 
 @pytest.mark.parametrize(
@@ -223,12 +229,8 @@ def test_runs_keep_files_of_no_run(name, lamps, tmp_path, monkeypatch, capsys):
     if name == "demo":
         names += ["coco_eval.txt", "attention"]
     for file in names:
-        (tmp_path / file).write_text("_BASE_: of the user")
-        before = contents(tmp_path)
-        with pytest.raises(SystemExit, match=f"{file}' would be overwritten, and '.' is not the"):
-            command.main(arguments)
-        assert contents(tmp_path) == before
-        (tmp_path / file).unlink()
+        said = f"{file}' would be overwritten, and '.' is not the"
+        assert_kept(tmp_path / file, said, lambda: command.main(arguments))
 
 
 def test_folders_of_runs_are_known_by_their_configs_or_locks(tmp_path):

@@ -268,6 +268,26 @@ def test_no_value_is_read_where_that_would_wait_for_a_gpu(built):
     assert {name: level.shape for name, level in on_meta.items()} == sizes
 
 
+def test_function_transforms(built):
+    """torch.func's gradients are autograd's, and vmap's results those of each image alone."""
+    backbone, *_ = built
+    expected = gradients(backbone, BATCHES[:1])
+    weights = {name: weight.detach() for name, weight in backbone.named_parameters()}
+
+    def loss(weights, batch):
+        levels = torch.func.functional_call(backbone, weights, (batch,))
+        return torch.cat([level.flatten(1) for level in levels.values()], dim=1).square().mean()
+
+    found = torch.func.grad(loss)(weights, BATCHES[0])
+    for name, gradient in expected.items():
+        if name in found and gradient is not None:
+            size = max(gradient.abs().max(), 1e-6 * max(g.abs().max() for g in found.values()))
+            assert (found[name] - gradient).abs().max() <= 1e-9 * size, name
+    each = torch.func.vmap(lambda image: loss(weights, image[None]))(BATCHES[0])
+    for value, image in zip(each, BATCHES[0]):
+        torch.testing.assert_close(value, loss(weights, image[None]), rtol=1e-9, atol=0)
+
+
 # Captured: one capture serves images with padding and without.
 
 

@@ -73,13 +73,22 @@ def current_pixel_mask(features: Tensor) -> Optional[Tensor]:
     call = _thread.call
     if is_tracing_or_compiling():
         return None if call is None else call.mask
+    storage = storage_of(features)
     if call is None:
-        call = _recomputed_call(features)
+        call = _recomputed_call(storage)
     if call is None:
         return None
-    if call.recomputable:
-        setattr(features.untyped_storage(), _MARK, call)
+    if call.recomputable and storage is not None:
+        setattr(storage, _MARK, call)
     return call.mask
+
+
+def storage_of(x: Tensor) -> Optional[torch.UntypedStorage]:
+    """The storage of a tensor; None for the wrappers of `torch.func`, which have none."""
+    try:
+        return x.untyped_storage()
+    except NotImplementedError:
+        return None
 
 
 def in_backward() -> bool:
@@ -87,11 +96,11 @@ def in_backward() -> bool:
     return not is_tracing_or_compiling() and torch._C._current_graph_task_id() >= 0
 
 
-def _recomputed_call(features: Tensor) -> Optional[_Call]:
+def _recomputed_call(storage: Optional[torch.UntypedStorage]) -> Optional[_Call]:
     backward = torch._C._current_graph_task_id()
     if backward < 0:
         return None
-    marked: Optional[_Call] = getattr(features.untyped_storage(), _MARK, None)
+    marked: Optional[_Call] = getattr(storage, _MARK, None)
     if marked is not None:
         _thread.recomputed, _thread.backward = marked, backward
     return _thread.recomputed if _thread.backward == backward else None

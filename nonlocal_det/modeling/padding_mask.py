@@ -29,7 +29,12 @@ from torch import Tensor
 
 from ..layers.base import NonLocalBase
 from ..layers.capture import is_tracing_or_compiling
-from ..layers.pixel_mask import NO_PIXEL_MASK, call_with_pixel_mask, current_pixel_mask
+from ..layers.pixel_mask import (
+    NO_PIXEL_MASK,
+    call_with_pixel_mask,
+    current_pixel_mask,
+    storage_of,
+)
 
 
 def register_padding_mask_hooks(network: nn.Module) -> nn.Module:
@@ -99,8 +104,9 @@ def _mask_of_call(network: nn.Module, *inputs: Any) -> Tensor:
         )
     valid = valid_pixel_mask(batch)
     # Without padding, kernels without a mask are used. A GPU would have to be waited for; a capture
-    # must serve images with and without padding.
-    if batch.device.type == "cpu" and not is_tracing_or_compiling() and bool(valid.all()):
+    # must serve images with and without padding, and so must a call for each sample of a vmap.
+    is_known = batch.device.type == "cpu" and not is_tracing_or_compiling()
+    if is_known and storage_of(batch) is not None and bool(valid.all()):
         return NO_PIXEL_MASK
     return valid
 

@@ -539,9 +539,11 @@ def test_overlay_is_brightest_at_the_largest_weight_and_absent_at_nan():
     attn_map = np.full((40, 60), np.nan)
     attn_map[:, 30:] = 0.001
     attn_map[10, 50] = 0.2
-    drawn = overlay_attention(GRADIENT, attn_map).astype(int)
+    dark = GRADIENT // 4  # the image shows through where weights are small
+    drawn = overlay_attention(dark, attn_map).astype(int)
     # NaN: the image at half its saturation, here a gray one.
-    np.testing.assert_array_equal(drawn[:, :30], GRADIENT[:, :30])
+    np.testing.assert_array_equal(drawn[:, :30], dark[:, :30])
+    np.testing.assert_allclose(drawn[20:, 30:], dark[20:, 30:], atol=2)
     brightest = np.unravel_index(drawn.sum(axis=2).argmax(), attn_map.shape)
     assert brightest == (10, 50)
     # Warm colors for positive weights, cold ones for negative weights.

@@ -83,7 +83,7 @@ def overlay_attention(
     signed: Optional[bool] = None,
     opacity: float = 0.85,
 ) -> np.ndarray:
-    """Overlay an attention map on an image, more opaque where the weight is larger.
+    """Overlay an attention map on an image, as opaque as the weights are large.
 
     Args:
         image: RGB uint8 image (H, W, 3).
@@ -110,8 +110,8 @@ def overlay_attention(
     relative = np.clip(relative, -1 if signed else 0, 1)
     colormap = matplotlib.colormaps[DIVERGING if signed else SEQUENTIAL]
     colors = colormap((relative + 1) / 2 if signed else relative)[..., :3] * 255
-    # Most weights are near zero: they darken the image only a little, so that it stays readable.
-    alpha = opacity * (0.45 + 0.55 * np.sqrt(np.abs(relative)))
+    # Most weights are near zero: there the image itself shows, so that it stays readable.
+    alpha = opacity * np.abs(relative)
     alpha = np.where(np.isnan(attn_map), 0.0, alpha)[..., None]
     return (_half_saturated(image) * (1 - alpha) + colors * alpha + 0.5).astype(np.uint8)
 

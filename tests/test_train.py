@@ -104,9 +104,11 @@ def test_the_demo_shows_its_results_and_the_attention(datasets: Path, tmp_path: 
     trained = (tmp_path / "model_final.pth").read_bytes()
     assert "--resume" in demo(fails=True).stderr
     table = [line for line in lines if line.split()[:1] in (["box"], ["mask"])]
-    again = demo("--eval-only", "--resume").stdout.splitlines()
-    assert [line for line in again if line.split()[:1] in (["box"], ["mask"])] == table
-    assert (tmp_path / "model_final.pth").read_bytes() == trained
+    for flags in (["--eval-only", "--resume"], ["--resume"]):
+        again = demo(*flags).stdout.splitlines()
+        assert [line for line in again if line.split()[:1] in (["box"], ["mask"])] == table
+        assert (tmp_path / "model_final.pth").read_bytes() == trained
+    assert (tmp_path / "log.txt").read_text().count("Starting training from iteration 0") == 1
 
 
 def test_the_demo_runs_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:

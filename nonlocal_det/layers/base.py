@@ -75,8 +75,8 @@ class NonLocalBase(nn.Module):
     Attributes:
         pixel_mask: Boolean (B, H, W) mask at the resolution of the input images, True on real
             pixels (not padding), or `NO_PIXEL_MASK`. For scripted modules, and for a mask that
-            holds for all calls; the mask of one call comes from `pixel_mask`, which is safe with
-            threads. The sign is the opposite of torch's ``key_padding_mask``.
+            holds for all calls: a call's own mask, which `register_padding_mask_hooks` infers,
+            belongs to its thread. The sign is the opposite of torch's ``key_padding_mask``.
 
     Raises:
         ValueError: If an argument is not one of its choices, which the message lists, or the norm

@@ -19,7 +19,8 @@ def accum_dtype(x: Tensor) -> torch.dtype:
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def upcast(x: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ..errors import summarize_error
 from ..evaluation.evaluators import check_evaluator
@@ -29,7 +29,7 @@ from .output_dir import check_output_dir
 from .resume_check import check_resumable
 from .settings_check import check_lazy_train_settings, check_train_settings
 from .train_loop import resolve_amp_dtype
-from .trained_classes import check_all_classes
+from .trained_classes import check_all_classes, check_count
 from .trainer import Trainer
 
 # Names of the datasets that --train-json and --val-json give; "own_*" in configs of older runs.
@@ -114,9 +114,10 @@ def preflight_check_lazy(
     train, data = cfg.train, cfg.dataloader
     flags = {"eval_only": eval_only, "resume": resume}
     last = check_output_dir(train.output_dir, "train.output_dir", **flags)
-    for loader in (data.test,) if eval_only else (data.train, data.test):
-        for name in _as_list(loader.dataset.names):
-            check_dataset_registered(name)
+    loaders = (data.test,) if eval_only else (data.train, data.test)
+    datasets = [name for loader in loaders for name in _as_list(loader.dataset.names)]
+    for name in datasets:
+        check_dataset_registered(name)
     check_device(device, "train.device")
     resolve_amp_dtype(train.amp.enabled, train.amp.dtype, "train.amp.dtype", device)
     if not eval_only:
@@ -133,6 +134,10 @@ def preflight_check_lazy(
     else:
         weights, key = last or train.init_checkpoint, "train.init_checkpoint"
         check_weights(weights, model, require_complete=eval_only, key=key)
+    for key in ("model.roi_heads.num_classes", "model.num_classes"):
+        count = OmegaConf.select(cfg, key)
+        for name in datasets if count is not None else ():
+            check_count(key, count, name)
     ensure_writable_dir(train.output_dir, "train.output_dir")
 
 

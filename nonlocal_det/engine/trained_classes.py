@@ -78,16 +78,31 @@ def check_all_classes(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     for dataset_name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
         names = {kind: _names(dataset_name, kind) for kind in _KINDS}
         for kind, (key, count) in predicted_counts(cfg).items():
-            if names[kind] and len(names[kind]) != count:
-                raise ValueError(
-                    f"{key} is {count}, but dataset {dataset_name!r} has "
-                    f"{len(names[kind])}: {_excerpt(names[kind])}."
-                )
+            check_count(key, count, dataset_name, kind)
             _check_order(dataset_name, names[kind], trained.get(kind, []))
         if resume and not eval_only:
             _check_same(dataset_name, names, trained)
         if not (trained or eval_only):
             trained = names
+
+
+def check_count(key: str, count: int, dataset_name: str, kind: str = "thing_classes") -> None:
+    """Check that a dataset has as many classes or keypoints as a model, if its names are known.
+
+    Args:
+        key: Config key of the number, for the error message.
+        count: Number that the model predicts.
+        dataset_name: Name of a registered dataset.
+        kind: Metadata key of the dataset's names.
+
+    Raises:
+        ValueError: If the dataset has another number.
+    """
+    names = _names(dataset_name, kind)
+    if names and len(names) != count:
+        raise ValueError(
+            f"{key} is {count}, but dataset {dataset_name!r} has {len(names)}: {_excerpt(names)}."
+        )
 
 
 def _names(dataset_name: str, kind: str) -> list[str]:

@@ -700,7 +700,6 @@ LOOK = ["--config-file", str(PROJECT / "configs" / LAMPS), "--output", "output"]
 LAZY = ["--config-file", str(PROJECT / "configs" / "lazy" / "mask_rcnn_R50_NL.py")]
 LAZY_LAMPS = [
     *("dataloader.train.dataset.names=lamps_train", "dataloader.test.dataset.names=lamps_val"),
-    "model.roi_heads.num_classes=3",
 ]
 ANALYZE = ["--config-file", str(PROJECT / "configs" / LAMPS)]
 SEE = ["--input", "good.png", *LOOK]
@@ -794,13 +793,13 @@ TOOLS: dict[str, tuple[str, list[str], list[str]]] = {
         ["lamp_train"],
     ),
     **{
-        f"lazy: {name}": ("lazyconfig_train_net", [*LAZY, *LAZY_LAMPS, *options], said)
+        f"lazy: {name}": ("lazyconfig_train_net", [*LAZY, *options, *LAZY_LAMPS], said)
         for name, (options, said) in {
             "a position": (["model.backbone.bottom_up.positions=['res4[9]']"], ["'res4[9]'"]),
             "a model": (["model.roi_heads.num_classes=a"], ["model"]),
             "classes": (
-                ["model.roi_heads.num_classes=2", "train.init_checkpoint=''"],
-                ["model.roi_heads.num_classes is 2, but dataset 'lamps_train' has 3: amber"],
+                ["train.init_checkpoint=''"],
+                ["model.roi_heads.num_classes is 80, but dataset 'lamps_train' has 3: amber"],
             ),
             "weights missing": (
                 ["train.init_checkpoint=no.pth"],
@@ -828,7 +827,10 @@ TOOLS: dict[str, tuple[str, list[str], list[str]]] = {
             "no period": (["train.checkpointer.period=0"], ["train.checkpointer.period"]),
             "no period of logs": (["train.log_period=0"], ["train.log_period"]),
             "iterations": (["train.max_iter=0"], ["train.max_iter"]),
-            "a URL": (["train.output_dir=s3://bucket/output"], ["train.output_dir", "local"]),
+            "a URL": (
+                ["model.roi_heads.num_classes=3", "train.output_dir=s3://bucket/output"],
+                ["train.output_dir", "local"],
+            ),
         }.items()
     },
 }

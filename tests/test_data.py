@@ -143,6 +143,8 @@ def test_impossible_images_are_rejected():
         _render(0, params=LampsParams(num_shapes=(40, 40)))
     with pytest.raises(ValueError, match="amber"):
         _render(0, color=3)
+    with pytest.raises(ValueError, match="use render_scene"):
+        _render(0, params=LampsParams(decided_by="match"))
 
 
 # ---- the files
@@ -449,7 +451,7 @@ def test_the_lamp_is_the_last_object_if_annotated():
         y, x = np.nonzero(instances[-1].mask)
         assert (x.mean() + 0.5, y.mean() + 0.5) == pytest.approx(lamp.center, abs=0.1)
         assert len(x) == pytest.approx(math.pi * lamp.radius**2, rel=0.03)
-        annotation = lamps_coco._annotation(instances[-1], lamp)
+        annotation = lamps_coco._annotation(instances[-1], to_match=False)
         assert annotation["cue_distance"] < 0.05
     without = dataclasses.replace(DATASETS["lamps_long"].params, lamp_counts=False)
     same, fewer, _ = _render(3, params=without)

@@ -2,7 +2,15 @@
 
 from ..utils.deprecation import renamed_attributes
 from .builtin import register_lamps
-from .lamps.generator import CATEGORIES, LAMP_COLORS, Instance, Lamp, LampsParams, render_image
+from .lamps.generator import (
+    CATEGORIES,
+    Instance,
+    LampsParams,
+    Scene,
+    render_image,
+    render_scene,
+)
+from .lamps.paint import LAMP_COLORS, Lamp
 from .lamps.writer import ensure_dataset, image_rng, write_dataset
 
 __all__ = [
@@ -11,7 +19,9 @@ __all__ = [
     "Instance",
     "Lamp",
     "LampsParams",
+    "Scene",
     "render_image",
+    "render_scene",
     "ensure_dataset",
     "image_rng",
     "register_lamps",

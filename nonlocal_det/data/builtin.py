@@ -11,7 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from .lamps.generator import LAMP_COLORS, LampsParams
+from .lamps.generator import LampsParams
+from .lamps.paint import LAMP_COLORS
 from .lamps.writer import SPLITS, annotation_file, ensure_dataset, image_root
 
 
@@ -45,6 +46,11 @@ DATASETS = {
     # The control: the same images, each shape labeled by its own outline.
     "outlines_long": LampsDataset(
         replace(_LONG, decided_by="outline"), {"train": 1200, "val": 200}
+    ),
+    # Each shape has to find its own lamp: a summary of the image that all share is not enough.
+    "matches_long": LampsDataset(
+        replace(_LONG, decided_by="match", lamp_size=(22.0, 28.0), halo=2.0),
+        {"train": 1200, "val": 200},
     ),
 }
 
@@ -86,8 +92,9 @@ def register_lamps(root: str | None = None) -> None:
         folder = os.path.join(root, dataset_name)
         PathManager.register_handler(_LampsHandler(folder, dataset), allow_override=True)
         metadata: dict[str, Any] = {"thing_classes": list(dataset.params.categories)}
-        if dataset.params.decided_by == "lamp":
-            metadata["thing_colors"] = list(LAMP_COLORS.values())
+        if dataset.params.decided_by != "outline":
+            colors = {**LAMP_COLORS, "none": (160, 160, 160)}
+            metadata["thing_colors"] = [colors[name] for name in dataset.params.categories]
         for split in dataset.splits:
             name = f"{dataset_name}_{split}"
             DatasetCatalog.pop(name, None)

@@ -1,4 +1,5 @@
 """Lamps, the bundled synthetic dataset for long-range dependencies."""
 
-from .generator import CATEGORIES, LAMP_COLORS, Instance, Lamp, LampsParams, render_image
+from .generator import CATEGORIES, Instance, LampsParams, Scene, render_image, render_scene
+from .paint import LAMP_COLORS, Lamp
 from .writer import ensure_dataset, image_rng, write_dataset

@@ -6,8 +6,12 @@ all three lamps. So a detector can classify an object only from the lamp elsewhe
 which is what non-local blocks are for. As a control, the same images can be labeled by a local cue,
 the outline of each shape; then the lamp carries no information.
 
+One summary of the image, the same for all of its shapes, is enough there. Not so in the images to
+match: each has up to three lamps of different colors and outlines, and a shape's category is the
+color of the lamp that has its own kind of outline, or "none" if there is no such lamp.
+
 Shapes are polygons, rasterized by their exact signed distance, so that the annotated polygon and
-the painted edge agree to a fraction of a pixel. They overlap neither each other nor the lamp's
+the painted edge agree to a fraction of a pixel. They overlap neither each other nor a lamp's
 halo.
 
 Coordinates are continuous (x, y) in pixels: the top left corner of the image is (0, 0), and the
@@ -17,52 +21,37 @@ center of its first pixel is (0.5, 0.5). Colors are RGB.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .raster import (
-    blend,
-    box_around,
-    coverage,
-    cross,
-    overlap,
-    pixel_centers,
-    regular,
-    rounded,
-    signed_distance,
-    star,
+from .paint import (
+    LAMP_COLORS,
+    PASTELS,
+    Lamp,
+    Shape,
+    background,
+    make_shape,
+    paint_lamp,
+    paint_shadow,
+    paint_shape,
 )
+from .raster import cross, pixel_centers, regular, rounded, signed_distance, star
 
 # Shape symbols: H, W: height and width of the image in pixels. V: vertices of one polygon.
 
 # Change this whenever the same seed and parameters would give other images or annotations.
 GENERATOR_VERSION = 1
 
-LAMP_COLORS = {"amber": (255, 168, 28), "teal": (0, 214, 178), "violet": (168, 84, 255)}
 # The categories for each cue that can decide a shape's category.
-CATEGORIES = {"lamp": tuple(LAMP_COLORS), "outline": ("round", "pointed", "square")}
+CATEGORIES = {
+    "lamp": tuple(LAMP_COLORS),
+    "outline": ("round", "pointed", "square"),
+    "match": (*LAMP_COLORS, "none"),
+}
 
-_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
-# Each a pair: the colors at the two ends of the background's gradient.
-_BACKGROUNDS = (
-    ((50, 58, 74), (30, 35, 47)),
-    ((56, 56, 68), (34, 34, 44)),
-    ((48, 62, 70), (28, 37, 44)),
-)
-_PASTELS = (
-    (232, 226, 214),
-    (205, 210, 219),
-    (222, 197, 184),
-    (190, 206, 190),
-    (178, 196, 217),
-    (208, 192, 211),
-    (224, 216, 190),
-)
-_SHADOW_REACH = 5.0  # pixels over which a shape's shadow fades
-_SHADOW_SHIFT = (1, 2)  # (x, y) in whole pixels
-_SHADOW_STRENGTH = 0.45
-
+_MISSING = 0.25  # probability that a kind of outline has no lamp, in the images to match
 _Circle = tuple[float, float, float]  # x, y, radius
 
 
@@ -75,14 +64,15 @@ class LampsParams:
     Attributes:
         side: Range of height and width of the image in pixels, which are sampled independently.
         width: Range of the width, if it differs from that of the height, or None.
-        num_shapes: Range of the number of shapes.
+        num_shapes: Range of the number of shapes, lamps not included.
         shape_size: Range of the diameter in pixels of the circle around a shape.
-        lamp_size: Range of the diameter of the lamp in pixels.
-        halo: Radius of the lamp's glow, in radii of the lamp. No light passes beyond it.
+        lamp_size: Range of the diameter in pixels of the circle around a lamp.
+        halo: Radius of a lamp's glow, in radii of the lamp. No light passes beyond it.
         gap: Minimum free space in pixels around a shape.
-        decided_by: Cue that decides the category, "lamp" or "outline"; the images are the same.
-        lamp_counts: Whether the lamp is an object too, with the category of its color or of its
-            round outline; the images are the same.
+        decided_by: What decides the category: "lamp" or "outline", for the same images with one
+            round lamp, or "match", for images with up to three lamps to match.
+        lamp_counts: Whether a lamp is an object too, with the category of its color or of its
+            outline; the images are the same.
     """
 
     side: tuple[int, int] = (112, 160)
@@ -114,21 +104,6 @@ class LampsParams:
 
 
 @dataclass(frozen=True)
-class Lamp:
-    """The lamp of an image.
-
-    Attributes:
-        color: Index into `LAMP_COLORS`.
-        center: Center (x, y) in pixels.
-        radius: Radius in pixels.
-    """
-
-    color: int
-    center: tuple[float, float]
-    radius: float
-
-
-@dataclass(frozen=True)
 class Instance:
     """An annotated object.
 
@@ -136,36 +111,34 @@ class Instance:
         category: Index of the category.
         polygon: Outline (V, 2) as (x, y) in pixels.
         mask: Boolean mask (H, W).
+        cue: Center (x, y) of the box around its lamp; None if it has the category "none".
     """
 
     category: int
     polygon: np.ndarray
     mask: np.ndarray
+    cue: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """A shape to paint.
+class Scene:
+    """An image and what it shows.
 
     Attributes:
-        outline: Kind of outline, an index into the categories of "outline".
-        polygon: Outline (V, 2) as (x, y) in pixels.
-        color: RGB color.
-        corner: First pixel (x, y) of a box around the shape, which may extend beyond the image.
-        distance: Signed distance to the polygon at the pixels of the box.
+        image: Image (H, W, 3), RGB uint8.
+        instances: Its instances, whose masks are disjoint: the shapes; the lamps, if they count.
+        lamps: Its lamps; exactly one, unless the categories are decided by "match".
     """
 
-    outline: int
-    polygon: np.ndarray
-    color: tuple[int, int, int]
-    corner: tuple[int, int]
-    distance: np.ndarray
+    image: np.ndarray
+    instances: list[Instance]
+    lamps: list[Lamp]
 
 
 def render_image(
     rng: np.random.Generator, params: LampsParams | None = None, *, color: int | None = None
 ) -> tuple[np.ndarray, list[Instance], Lamp]:
-    """Render one image.
+    """Render one image that has one lamp; see `render_scene` for images to match.
 
     Args:
         rng: Random number generator for everything that the parameters leave open.
@@ -177,54 +150,122 @@ def render_image(
         The image (H, W, 3), RGB uint8; its instances, whose masks are disjoint; its lamp.
 
     Raises:
-        ValueError: If the color is not one of the lamp's, or the shapes do not fit in the image.
+        ValueError: If the color is not one of the lamp's, the shapes do not fit in the image, or
+            the image would be one to match.
     """
     params = params or LampsParams()
+    if params.decided_by == "match":
+        raise ValueError("render_image is for one lamp; use render_scene for decided_by='match'.")
     if color is not None and color not in range(len(LAMP_COLORS)):
         raise ValueError(f"color must be an index into {tuple(LAMP_COLORS)} or None: {color}")
-    # Sampled even if a color is given, so that the random numbers after it are the same.
-    sampled = int(rng.integers(len(LAMP_COLORS)))
-    color = sampled if color is None else color
+    scene = render_scene(rng, params, colors=None if color is None else (color,))
+    return scene.image, scene.instances, scene.lamps[0]
 
+
+def render_scene(
+    rng: np.random.Generator,
+    params: LampsParams | None = None,
+    *,
+    colors: Sequence[int] | None = None,
+) -> Scene:
+    """Render one image with any number of lamps.
+
+    Args:
+        rng: Random number generator for everything that the parameters leave open.
+        params: Parameters of the image; by default `LampsParams()`.
+        colors: Different indices into `LAMP_COLORS`, the color of the one lamp or, to match, those
+            of the lamps of the three kinds of outline, used or not. None samples them. For the same
+            state of ``rng``, they change the pixels of the lamps and their halos only.
+
+    Returns:
+        The image, its instances and its lamps.
+
+    Raises:
+        ValueError: If there are not as many different colors, or the shapes do not fit.
+    """
+    params = params or LampsParams()
+    to_match = params.decided_by == "match"
+    color_of = _sample_lamp_colors(rng, params, colors)
     (low, high), (left, right) = params.side, params.width or params.side
     height, width = (int(side) for side in rng.integers((low, left), (high, right), endpoint=True))
-    (lamp_x, lamp_y, lamp_radius), circles = _arrange(rng, params, height, width)
-    lamp = Lamp(color, (lamp_x, lamp_y), lamp_radius)
-    shapes = _sample_shapes(rng, circles)
-    canvas = _background(rng, height, width)
+    lamp_circles, shape_circles = _arrange(rng, params, len(color_of), height, width)
+    lamps = _sample_lamps(rng, color_of, lamp_circles, turned=to_match)
+    # To match, shapes have the outlines of lamps alone, the first of each kind.
+    num_kinds = len(LAMP_COLORS) if to_match else len(_UNIT_POLYGONS)
+    shapes = _sample_shapes(rng, shape_circles, num_kinds)
+    canvas = background(rng, height, width)
     for shape in shapes:
-        _paint_shadow(canvas, shape)
-    _paint_lamp(canvas, lamp, params.halo * lamp.radius)
+        paint_shadow(canvas, shape)
+    for lamp in lamps:
+        paint_lamp(canvas, lamp, params.halo * lamp.radius)
     # Shapes come last: they cover the bit of a neighbor's shadow that would fall on them.
-    by_lamp = params.decided_by == "lamp"
-    instances = [
-        Instance(color if by_lamp else shape.outline, shape.polygon, _paint_shape(canvas, shape))
-        for shape in shapes
-    ]
+    masks = [paint_shape(canvas, shape) for shape in shapes]
+    objects: list[tuple[Shape | Lamp, np.ndarray]] = list(zip(shapes, masks))
     if params.lamp_counts:
-        instances.append(_lamp_instance(lamp, color if by_lamp else 0, canvas.shape[:2]))
-    return np.rint(canvas).astype(np.uint8), instances, lamp
+        objects += [(lamp, _lamp_mask(lamp, height, width)) for lamp in lamps]
+    instances = [_label(thing, mask, lamps, params) for thing, mask in objects]
+    return Scene(np.rint(canvas).astype(np.uint8), instances, lamps)
+
+
+def _sample_lamp_colors(
+    rng: np.random.Generator, params: LampsParams, colors: Sequence[int] | None
+) -> dict[int, int]:
+    """Sample the color of each lamp, by its kind of outline."""
+    # Sampled even if colors are given, so that the random numbers after them are the same.
+    if params.decided_by == "match":
+        sampled = rng.permutation(len(LAMP_COLORS)).tolist()
+        lit = (rng.random(len(sampled)) >= _MISSING).tolist()
+    else:
+        sampled, lit = [int(rng.integers(len(LAMP_COLORS)))], [True]
+    colors = sampled if colors is None else colors
+    if len({*colors} & {*range(len(LAMP_COLORS))}) != len(colors) or len(colors) != len(lit):
+        raise ValueError(
+            f"colors must be {len(lit)} different indices into {tuple(LAMP_COLORS)}: {colors}"
+        )
+    return {outline: color for outline, color in enumerate(colors) if lit[outline]}
+
+
+def _label(
+    thing: Shape | Lamp, mask: np.ndarray, lamps: Sequence[Lamp], params: LampsParams
+) -> Instance:
+    """Return a shape or a lamp as an object; a lamp is its own cue."""
+    if params.decided_by == "match":
+        cue = next((lamp for lamp in lamps if lamp.outline == thing.outline), None)
+    else:
+        (cue,) = lamps
+    if params.decided_by == "outline":
+        category = thing.outline
+    else:
+        category = cue.color if cue else params.categories.index("none")
+    return Instance(category, thing.polygon, mask, cue.box_center if cue else None)
 
 
 def _arrange(
-    rng: np.random.Generator, params: LampsParams, height: int, width: int
-) -> tuple[_Circle, list[_Circle]]:
-    """Arrange the lamp and the shapes without overlap; return the circles around them."""
-    lamp_radius = rng.uniform(*params.lamp_size) / 2
+    rng: np.random.Generator, params: LampsParams, num_lamps: int, height: int, width: int
+) -> tuple[list[_Circle], list[_Circle]]:
+    """Arrange lamps and shapes without overlap.
+
+    Returns:
+        The circles around the lamps, without their halos, and those around the shapes.
+    """
+    lamp_radii = rng.uniform(*params.lamp_size, size=num_lamps) / 2
     count = int(rng.integers(*params.num_shapes, endpoint=True))
     low, high = params.shape_size
     # Large ones first: they are the hardest to fit in.
     radii = np.sort(rng.uniform(low, high, size=count))[::-1] / 2
     for _ in range(200):
-        lamp_xy = _random_point(rng, height, width, 1.5 * lamp_radius)
-        circles = [(*lamp_xy, params.halo * lamp_radius)]
-        for radius in radii:
-            circle = _find_room(rng, circles, float(radius), params.gap, height, width)
-            if circle is None:
+        # Each a radius and a distance from the border, which may cut a halo.
+        wanted = [(params.halo * radius, 1.5 * radius) for radius in lamp_radii]
+        wanted += [(radius, radius + params.gap) for radius in radii]
+        circles: list[_Circle] = []
+        for radius, margin in wanted:
+            spot = _find_room(rng, circles, radius + params.gap, margin, height, width)
+            if spot is None:
                 break
-            circles.append(circle)
+            circles.append((*spot, radius))
         else:
-            return (*lamp_xy, lamp_radius), circles[1:]
+            lamps = [(x, y, float(r)) for (x, y, _), r in zip(circles, lamp_radii)]
+            return lamps, circles[num_lamps:]
         # Too crowded: retry with slightly smaller shapes.
         radii = np.maximum(radii * 0.95, low / 2)
     raise ValueError(f"found no room for {count} shapes in {width} x {height} pixels: {params}")
@@ -233,18 +274,21 @@ def _arrange(
 def _find_room(
     rng: np.random.Generator,
     taken: list[_Circle],
-    radius: float,
-    gap: float,
+    distance: float,
+    margin: float,
     height: int,
     width: int,
-) -> _Circle | None:
-    """Return a random circle at least ``gap`` from all others and the border; None if not found."""
-    if 2 * (radius + gap) > min(height, width):
+) -> tuple[float, float] | None:
+    """Return a random point at least ``distance`` from all circles and ``margin`` from the border.
+
+    None if it is not found.
+    """
+    if 2 * margin > min(height, width):
         return None
     for _ in range(30):
-        x, y = _random_point(rng, height, width, radius + gap)
-        if all(math.hypot(x - u, y - v) >= radius + r + gap for u, v, r in taken):
-            return x, y, radius
+        x, y = _random_point(rng, height, width, margin)
+        if all(math.hypot(x - u, y - v) >= distance + r for u, v, r in taken):
+            return x, y
     return None
 
 
@@ -254,28 +298,40 @@ def _random_point(
     return float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin))
 
 
-def _sample_shapes(rng: np.random.Generator, circles: list[_Circle]) -> list[_Shape]:
-    """Sample outline and color of a shape in each circle."""
-    colors = rng.permutation(len(_PASTELS))
+def _sample_lamps(
+    rng: np.random.Generator, color_of: dict[int, int], circles: list[_Circle], *, turned: bool
+) -> list[Lamp]:
+    """Make a lamp of each kind of outline, in one of the circles; sample its rotation if wanted."""
+    lamps = []
+    for (outline, color), (x, y, radius) in zip(color_of.items(), circles):
+        unit = _UNIT_POLYGONS[outline]
+        polygon = (_turn(rng, unit) if turned else unit) * radius + (x, y)
+        lamps.append(Lamp(color, (x, y), radius, outline, polygon))
+    return lamps
+
+
+def _sample_shapes(rng: np.random.Generator, circles: list[_Circle], kinds: int) -> list[Shape]:
+    """Sample outline, one of the first ``kinds``, and color of a shape in each circle."""
+    colors = rng.permutation(len(PASTELS))
     shapes = []
     for i, (x, y, radius) in enumerate(circles):
-        outline, polygon = _random_polygon(rng)
-        pastel = _PASTELS[colors[i % len(colors)]]
-        shapes.append(_make_shape(outline, polygon * radius + (x, y), pastel))
+        kind = int(rng.integers(kinds))
+        polygon = _turn(rng, _UNIT_POLYGONS[kind]) * radius + (x, y)
+        outline = kind % len(CATEGORIES["outline"])
+        shapes.append(make_shape(outline, polygon, PASTELS[colors[i % len(colors)]]))
     return shapes
 
 
-def _random_polygon(rng: np.random.Generator) -> tuple[int, np.ndarray]:
-    """Sample a shape with a random rotation that just fits the unit circle.
-
-    Returns:
-        Kind of outline, an index into the categories of "outline", and the polygon (V, 2).
-    """
-    kind = int(rng.integers(len(_UNIT_POLYGONS)))
+def _turn(rng: np.random.Generator, polygon: np.ndarray) -> np.ndarray:
+    """Rotate a polygon (V, 2) around the origin by a random angle."""
     angle = rng.uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
-    turned = _UNIT_POLYGONS[kind] @ np.array([[cos, sin], [-sin, cos]])
-    return kind % len(CATEGORIES["outline"]), turned
+    return polygon @ np.array([[cos, sin], [-sin, cos]])
+
+
+def _lamp_mask(lamp: Lamp, height: int, width: int) -> np.ndarray:
+    """Return the boolean mask (H, W) of a lamp without its halo."""
+    return signed_distance(*pixel_centers(0, 0, width, height), lamp.polygon) < 0
 
 
 # Alternately round, pointed and square.
@@ -287,53 +343,3 @@ _UNIT_POLYGONS = (
     rounded(star(5, 0.5), 0.12),
     rounded(cross(0.36), 0.12),
 )
-
-
-def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return a soft gradient in a random direction: (H, W, 3), float, 0 to 255."""
-    first, last = np.array(_BACKGROUNDS[int(rng.integers(len(_BACKGROUNDS)))], dtype=float)
-    angle = rng.uniform(0, 2 * math.pi)
-    x, y = pixel_centers(0, 0, width, height)
-    along = math.cos(angle) * (x / width - 0.5) + math.sin(angle) * (y / height - 0.5)
-    along = along / (abs(math.cos(angle)) + abs(math.sin(angle))) + 0.5  # 0 to 1 corner to corner
-    return first + along[..., None] * (last - first)
-
-
-def _paint_lamp(canvas: np.ndarray, lamp: Lamp, reach: float) -> None:
-    """Paint the lamp and a halo that ends exactly ``reach`` pixels from its center, in place."""
-    color = tuple(LAMP_COLORS.values())[lamp.color]
-    corner, x, y = box_around(np.array([lamp.center]), reach)
-    distance = np.hypot(x - lamp.center[0], y - lamp.center[1])
-
-    fade = np.clip((reach - distance) / (reach - 0.5 * lamp.radius), 0, 1)
-    blend(canvas, corner, color, 0.75 * fade**2)
-    blend(canvas, corner, color, coverage(distance - lamp.radius))
-    # A faint highlight inside makes the disk look like a light; its rim keeps the pure color.
-    blend(canvas, corner, _WHITE, 0.55 * np.clip(1 - distance / (0.75 * lamp.radius), 0, 1))
-
-
-def _lamp_instance(lamp: Lamp, category: int, canvas: tuple[int, int]) -> Instance:
-    """Return the lamp without its halo as an object."""
-    disk = _UNIT_POLYGONS[0] * lamp.radius + lamp.center
-    x, y = pixel_centers(0, 0, canvas[1], canvas[0])
-    return Instance(category, disk, signed_distance(x, y, disk) < 0)
-
-
-def _make_shape(outline: int, polygon: np.ndarray, color: tuple[int, int, int]) -> _Shape:
-    corner, x, y = box_around(polygon, _SHADOW_REACH)
-    return _Shape(outline, polygon, color, corner, signed_distance(x, y, polygon))
-
-
-def _paint_shadow(canvas: np.ndarray, shape: _Shape) -> None:
-    fade = np.clip((_SHADOW_REACH - shape.distance) / (2 * _SHADOW_REACH), 0, 1)
-    corner = shape.corner[0] + _SHADOW_SHIFT[0], shape.corner[1] + _SHADOW_SHIFT[1]
-    blend(canvas, corner, _BLACK, _SHADOW_STRENGTH * fade**2)
-
-
-def _paint_shape(canvas: np.ndarray, shape: _Shape) -> np.ndarray:
-    """Paint a shape in place; return its boolean mask (H, W), True where a pixel's center is in."""
-    blend(canvas, shape.corner, shape.color, coverage(shape.distance))
-    mask = np.zeros(canvas.shape[:2], dtype=bool)
-    on_canvas, on_box = overlap(mask.shape, shape.corner, shape.distance.shape)
-    mask[on_canvas] = shape.distance[on_box] < 0
-    return mask

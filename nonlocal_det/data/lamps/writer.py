@@ -5,7 +5,9 @@
 
 In addition to COCO's keys, an image has ``cue_xy`` (center of the lamp) and ``seed`` (arguments of
 `image_rng`), and an annotation has ``cue_distance``, from the center of its box to the lamp's.
-All are in pixels. The files hold no date and no path: the same arguments give the same bytes.
+With lamps to match, an image has ``cues`` instead (the centers of the boxes of all lamps), and an
+annotation has ``cue_xy`` too; both of its keys are null if it has no lamp. All are in pixels. The
+files hold no date and no path: the same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from PIL import Image
 
-from .generator import GENERATOR_VERSION, Instance, Lamp, LampsParams, render_image
+from .generator import GENERATOR_VERSION, Instance, LampsParams, Scene, render_scene
 
 SPLITS = {"train": 400, "val": 100}
 
@@ -67,22 +69,24 @@ def write_dataset(
     os.makedirs(os.path.dirname(annotation_file(folder, split)), exist_ok=True)
     os.makedirs(image_root(folder, split), exist_ok=True)
     images, annotations = [], []
+    to_match = params.decided_by == "match"
     annotation_ids = itertools.count(1)  # pycocotools treats the id 0 as "not matched"
     for index in range(count):
-        pixels, instances, lamp = render_image(image_rng(seed, split, index), params)
+        scene = render_scene(image_rng(seed, split, index), params)
         image = {
             "id": index + 1,
             "file_name": f"{index + 1:06d}.png",
-            "height": pixels.shape[0],
-            "width": pixels.shape[1],
-            "cue_xy": _round_all(lamp.center),
+            "height": scene.image.shape[0],
+            "width": scene.image.shape[1],
+            **_cues(scene, to_match),
             "seed": [seed, split, index],
         }
-        Image.fromarray(pixels).save(os.path.join(image_root(folder, split), image["file_name"]))
+        path = os.path.join(image_root(folder, split), image["file_name"])
+        Image.fromarray(scene.image).save(path)
         images.append(image)
         annotations += [
-            {"id": next(annotation_ids), "image_id": image["id"], **_annotation(instance, lamp)}
-            for instance in instances
+            {"id": next(annotation_ids), "image_id": image["id"], **_annotation(instance, to_match)}
+            for instance in scene.instances
         ]
     content = {
         "info": _info(split, count, seed, params),
@@ -180,17 +184,29 @@ def _info(split: str, count: int, seed: int, params: LampsParams) -> dict:
     return json.loads(json.dumps(info))  # as it reads after a round trip: tuples become lists
 
 
-def _annotation(instance: Instance, lamp: Lamp) -> dict:
+def _cues(scene: Scene, to_match: bool) -> dict:
+    """Return the keys of an image that locate its lamps."""
+    if to_match:
+        return {"cues": [_round_all(lamp.box_center) for lamp in scene.lamps]}
+    (lamp,) = scene.lamps
+    return {"cue_xy": _round_all(lamp.center)}
+
+
+def _annotation(instance: Instance, to_match: bool) -> dict:
     """Return the keys of a COCO annotation that depend on the instance alone."""
     low, high = instance.polygon.min(axis=0), instance.polygon.max(axis=0)
-    return {
+    cue = instance.cue
+    annotation = {
         "category_id": instance.category + 1,
         "bbox": _round_all([*low, *(high - low)]),
         "area": _round_all([_area(instance.polygon)])[0],
         "iscrowd": 0,
         "segmentation": [_round_all(instance.polygon.ravel())],
-        "cue_distance": _round_all([math.dist((low + high) / 2, lamp.center)])[0],
+        "cue_distance": _round_all([math.dist((low + high) / 2, cue)])[0] if cue else None,
     }
+    if to_match:
+        annotation["cue_xy"] = _round_all(cue) if cue else None
+    return annotation
 
 
 def _area(polygon: np.ndarray) -> float:

@@ -1,8 +1,9 @@
 """Ablation: AP by distance, receptive field, intervals, suites, and a real small study.
 
 Mutations tried by hand; each makes at least one test here fail: the area of a
-detection left as it is; ranges that include both of their ends; differences of means, unpaired; a
-suite that trains finished runs again.
+detection left as it is; ranges that include both of their ends; the nearest cue
+in place of an object's own; an overlap with objects of the same class alone; differences of means,
+unpaired; a suite that trains finished runs again.
 """
 
 from __future__ import annotations
@@ -103,6 +104,80 @@ def test_what_is_wrong_at_one_distance_counts_there_alone(truth: str) -> None:
 def test_nothing_found_and_nothing_asked_for(truth: str) -> None:
     nearer, farther = ap_by_distance(truth, [], (0, 1e4, 2e4))
     assert (nearer["AP"], farther["count"]) == (0, 0) and math.isnan(farther["AP"])
+
+
+def found_as(box: list[float], category: int, score: float = 0.9) -> dict[str, Any]:
+    return {"image_id": 1, "category_id": category, "bbox": box, "score": score}
+
+
+@pytest.fixture
+def several_cues(tmp_path: Path) -> str:
+    """One image with two cues, at x = 50 and 450.
+
+    Object A, at x = 60, has the second, 390 pixels away, as its cue; B, at x = 410, too, 40 away; C
+    at x = 100 has none. Another image has no cue at all.
+    """
+    boxes = {"A": [50, 40, 20, 20], "B": [400, 40, 20, 20], "C": [90, 40, 20, 20]}
+    cue_of = {"A": [450, 50], "B": [450, 50], "C": None}
+    objects = [
+        {"image_id": 1, "category_id": 1 if cue_of[n] else 3, "bbox": boxes[n]}
+        | {"id": i, "area": 400, "iscrowd": 0, "cue_xy": cue_of[n]}
+        for i, n in enumerate(boxes, start=1)
+    ]
+    objects.append({**objects[2], "id": 4, "image_id": 2})
+    content = {
+        "images": [{"id": 1, "cues": [[50, 50], [450, 50]]}, {"id": 2, "cues": []}],
+        "annotations": objects,
+        "categories": [{"id": i, "name": str(i)} for i in (1, 2, 3)],
+    }
+    file = tmp_path / "several.json"
+    file.write_text(json.dumps(content))
+    return str(file)
+
+
+A, B, C = [50, 40, 20, 20], [400, 40, 20, 20], [90, 40, 20, 20]
+EDGES = (0, 100, 300, 500)  # B is in the first range, A in the last
+
+
+@pytest.mark.parametrize(
+    ("detections", "near", "far"),
+    [
+        ([found_as(A, 1), found_as(B, 1), found_as(C, 3)], 100, 100),
+        ([found_as(A, 2), found_as(B, 1)], 100, 0),  # A has another class
+        # A false positive of its class, with a larger score, halves the precision: where the object
+        # lies that it overlaps, of whichever class; at C, nowhere; on free ground, at the nearest
+        # cue, 30 pixels away.
+        ([found_as([55, 45, 30, 30], 1, 0.95), found_as(A, 1), found_as(B, 1)], 100, 50),
+        ([found_as([405, 45, 30, 30], 1, 0.95), found_as(A, 1), found_as(B, 1)], 50, 100),
+        ([found_as(C, 1, 0.95), found_as(A, 1), found_as(B, 1)], 100, 100),
+        ([found_as([10, 0, 20, 20], 1, 0.95), found_as(A, 1), found_as(B, 1)], 50, 100),
+        (
+            [{**found_as(C, 1, 0.95), "image_id": 2}, found_as(A, 1), found_as(B, 1)],
+            100,
+            100,
+        ),
+    ],
+)
+def test_with_several_cues_each_object_has_its_own(
+    several_cues: str, detections: list[dict[str, Any]], near: float, far: float
+) -> None:
+    first, between, last = ap_by_distance(several_cues, detections, EDGES)
+    assert [first["count"], between["count"], last["count"]] == [1, 0, 1]
+    assert (first["AP50"], last["AP50"]) == pytest.approx((near, far))
+    assert math.isnan(between["AP"])
+
+
+def test_one_cue_in_a_list_is_as_one_cue(truth: str, tmp_path: Path) -> None:
+    content = json.loads(Path(truth).read_text())
+    cues = {image["id"]: image.pop("cue_xy") for image in content["images"]}
+    for image in content["images"]:
+        image["cues"] = [cues[image["id"]]]
+    for annotation in content["annotations"]:
+        annotation["cue_xy"] = cues[annotation["image_id"]]
+    (tmp_path / "listed.json").write_text(json.dumps(content))
+    found, edges = detections(truth), (0, 40, 70, 1e5)
+    listed = ap_by_distance(str(tmp_path / "listed.json"), found, edges)
+    assert listed == ap_by_distance(truth, found, edges)
 
 
 def test_a_dataset_without_cues_is_refused(tmp_path: Path) -> None:

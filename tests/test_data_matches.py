@@ -81,6 +81,8 @@ def test_colors_change_lamps_and_classes_alone(index: int) -> None:
     far = np.ones(first.image.shape[:2], dtype=bool)
     for lamp in first.lamps:
         far &= np.hypot(x - lamp.center[0], y - lamp.center[1]) >= PARAMS.halo * lamp.radius
+    sampled = render_scene(image_rng(0, "test", index), PARAMS)
+    np.testing.assert_array_equal(sampled.image[far], first.image[far])
     for order, other in zip(orders[1:], others):
         np.testing.assert_array_equal(other.image[far], first.image[far])
         for a, b in zip(first.instances, other.instances):

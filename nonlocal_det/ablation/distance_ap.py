@@ -2,7 +2,11 @@
 
 COCO's evaluation by size, with the distance in place of the area: an object outside a range is
 ignored, and so is a detection that matches it. A detection's distance is that of its own box, so
-that a false positive counts where it lies.
+that a false positive counts where it lies. With several cues in an image, it is the distance to the
+cue of the object that the detection overlaps most, of whichever class, or else to the nearest cue.
+
+What has no cue is in no range: an object that no cue decides, a detection that overlaps it most,
+and everything in an image without cues.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -21,11 +26,12 @@ from pycocotools.cocoeval import COCOeval
 def ap_by_distance(
     json_file: str, detections: list[dict[str, Any]], edges: Sequence[float]
 ) -> list[dict[str, float]]:
-    """Compute the AP over the objects in each range of distances from their image's cue.
+    """Compute the AP over the objects in each range of distances from their cue.
 
     Args:
-        json_file: Ground truth in COCO's format whose images have ``cue_xy``, in pixels, as those
-            of the lamps datasets.
+        json_file: Ground truth in COCO's format, as that of the lamps datasets: each image has
+            ``cue_xy`` in pixels, or a list of ``cues``; then each annotation has ``cue_xy``, one of
+            them or null.
         detections: Detections in COCO's results format: ``image_id``, ``category_id``, ``bbox`` (x,
             y, width, height in pixels) and ``score``.
         edges: Ends of the ranges in pixels, ascending; R + 1 of them for R ranges [low, high).
@@ -35,16 +41,15 @@ def ap_by_distance(
         ``AP50`` in percent, nan where it has none.
 
     Raises:
-        ValueError: If the images have no ``cue_xy``.
+        ValueError: If an image has neither ``cue_xy`` nor ``cues``.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(json_file)
-        cues = {image["id"]: image.get("cue_xy") for image in truth.imgs.values()}
-        if None in cues.values():
+        if any(image.get("cues", image.get("cue_xy")) is None for image in truth.imgs.values()):
             raise ValueError(f"The images of {json_file!r} have no 'cue_xy', so no distance.")
         found = truth.loadRes([dict(d) for d in detections]) if detections else COCO()
-        for box in (*truth.anns.values(), *found.anns.values()):
-            box["area"] = _distance(box["bbox"], cues[box["image_id"]])
+        for image in truth.imgs.values():
+            _set_distances(image, truth.imgToAnns[image["id"]], found.imgToAnns[image["id"]])
         evaluation = COCOeval(truth, found, "bbox")
         # COCO's ranges include both of their ends.
         ranges = [[low, math.nextafter(high, low)] for low, high in zip(edges, edges[1:])]
@@ -67,10 +72,41 @@ def ap_by_distance(
     ]
 
 
-def _distance(box: Sequence[float], cue: Sequence[float]) -> float:
-    """Distance in pixels from the center of a box (x, y, width, height) to a point (x, y)."""
+def _set_distances(
+    image: dict[str, Any], objects: list[dict[str, Any]], found: list[dict[str, Any]]
+) -> None:
+    """Set the area of an image's objects and detections to the distance from their cues."""
+    several = "cues" in image
+    cues = image["cues"] if several else [image["cue_xy"]]
+    for box in objects:
+        own = [box.get("cue_xy")] if several else cues
+        box["cues"] = [cue for cue in own if cue is not None]
+    for box in found:
+        overlapped = _most_overlapped(box, objects)
+        box["cues"] = overlapped["cues"] if overlapped else cues
+    for box in (*objects, *found):
+        box["area"] = _distance(box["bbox"], box["cues"])
+
+
+def _most_overlapped(
+    box: dict[str, Any], objects: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The object of the largest IoU with a detection; None if none overlaps it."""
+    if not objects:
+        return None
+    ious = mask_util.iou([box["bbox"]], [b["bbox"] for b in objects], [0] * len(objects))[0]
+    most = int(np.argmax(ious))
+    return objects[most] if ious[most] > 0 else None
+
+
+def _distance(box: Sequence[float], cues: Sequence[Sequence[float]]) -> float:
+    """Distance from the center of a box (x, y, width, height) to the nearest of points (x, y).
+
+    It is in pixels; infinite if there is no point.
+    """
     x, y, width, height = box
-    return math.dist((x + width / 2, y + height / 2), cue)
+    center = (x + width / 2, y + height / 2)
+    return min((math.dist(center, cue) for cue in cues), default=math.inf)
 
 
 def _mean(precision: np.ndarray) -> float:

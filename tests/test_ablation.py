@@ -25,7 +25,12 @@ from tiny_training import write_short_lamps
 from nonlocal_det.ablation.distance_ap import ap_by_distance
 from nonlocal_det.ablation.receptive_field import receptive_field_radius
 from nonlocal_det.ablation.runs import RESULT, check_suite, train
-from nonlocal_det.ablation.statistics import paired_difference, tables
+from nonlocal_det.ablation.statistics import (
+    distance_table,
+    overall_table,
+    paired_difference,
+    tables,
+)
 from nonlocal_det.ablation.suite import Suite, read_suite
 from nonlocal_det.cli.ablate import main
 from nonlocal_det.config import load_config
@@ -252,6 +257,48 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
     assert abs(held / trials - 0.95) < 4 * math.sqrt(0.95 * 0.05 / trials)
 
 
+# ---- tables
+
+
+def result(task: str, variant: str, seed: int, ap50: float, count: int = 0) -> dict[str, Any]:
+    ranges = {"low": 1, "high": 9, "count": count, "AP": 50.0}
+    return {
+        "task": task,
+        "variant": variant,
+        "seed": seed,
+        "metrics": {"bbox/AP": ap50 - 20, "bbox/AP50": ap50, "bbox/AP75": ap50 / 2},
+        "by_distance": [ranges],
+        "beyond_reach": {**ranges, "count": count + 1},
+    }
+
+
+def test_a_table_has_three_aps_and_the_share_of_seeds_that_learned() -> None:
+    ap50s = {"stock": (94.9, 40.0, 30.0), "block": (95.0, 100.0, 30.0)}
+    results = [
+        result("far", variant, seed, ap50)
+        for variant, values in ap50s.items()
+        for seed, ap50 in enumerate(values)
+    ]
+    head, _, stock, block = overall_table(results, "far", "stock").splitlines()
+    names = ["variant", "AP", "difference", "AP50", "difference", "AP75", "difference"]
+    assert cells(head) == [*names, "share of seeds that learned", "seeds"]
+    assert [c.split()[0] for c in cells(stock)[1::2]] == ["35.0", "55.0", "27.5", "0%"]
+    # Differences of AP50 0.1, 60 and 0, of AP75 half of that.
+    assert [d.split()[0] for d in cells(block)[2:7:2]] == ["+20.0", "+20.0", "+10.0"]
+    assert cells(block)[7:] == ["67%", "3"]
+
+
+def test_a_table_by_distance_counts_the_objects_of_its_own_task() -> None:
+    results = [result("far", "stock", 1, 90, count=7), result("match", "stock", 1, 90, count=3)]
+    for task, counts in (("far", ["7", "8"]), ("match", ["3", "4"])):
+        _, _, objects, _ = distance_table(results, task, "stock", 200).splitlines()
+        assert cells(objects) == ["objects", *counts]
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip().strip("|").split("|")]
+
+
 # ---- suites
 
 
@@ -458,5 +505,11 @@ def test_the_report_shows_what_the_runs_left(file: Path) -> None:
     report = json.loads(file.read_text())
     rows = [line for line in tables(report).splitlines() if line.startswith("|")]
     assert len(rows) > 10
-    assert [row for row in rows if row not in text] == []
+    shown = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    assert [row for row in rows if not {*map(tuple, shown)} & {*versions(cells(row))}] == []
     assert len({run["run"]["git"]["nonlocal_det"]["commit"] for run in report["runs"]}) == 1
+
+
+def versions(row: list[str]) -> list[tuple[str, ...]]:
+    """A row of a table, and as it was before the tables had AP75 and the share that learned."""
+    return [tuple(row), (*row[:5], *row[8:])] if len(row) == 9 else [tuple(row)]

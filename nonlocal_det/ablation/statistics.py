@@ -14,6 +14,8 @@ from scipy.stats import t as student_t
 
 Results = Sequence[Mapping[str, Any]]
 
+LEARNED = 95  # AP50 in percent from which on a run has learned its task
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -73,17 +75,25 @@ def values_by_seed(results: Results, task: str, variant: str, *keys: Any) -> dic
 
 
 def overall_table(results: Results, task: str, baseline: str) -> str:
-    """One row per variant: AP and AP50, mean and standard deviation, and the paired differences."""
+    """One row per variant: means and standard deviations of APs, and the paired differences.
+
+    Beside them is the share of the seeds that learned the task, with an AP50 of `LEARNED` or more:
+    where some do and others do not, a mean describes neither.
+    """
+    metrics = ("AP", "AP50", "AP75")
     rows = []
     for variant in variants(results):
         row = [variant]
-        for metric in ("bbox/AP", "bbox/AP50"):
-            values = values_by_seed(results, task, variant, "metrics", metric)
-            before = values_by_seed(results, task, baseline, "metrics", metric)
+        for metric in metrics:
+            values = values_by_seed(results, task, variant, "metrics", f"bbox/{metric}")
+            before = values_by_seed(results, task, baseline, "metrics", f"bbox/{metric}")
             row.append(_spread(values))
             row.append("" if variant == baseline else str(paired_difference(values, before)))
-        rows.append([*row, str(len(values))])
-    return markdown(["variant", "AP", "difference", "AP50", "difference", "seeds"], rows)
+        ap50 = values_by_seed(results, task, variant, "metrics", "bbox/AP50").values()
+        learned = sum(value >= LEARNED for value in ap50)
+        rows.append([*row, f"{learned / len(ap50):.0%}", str(len(ap50))])
+    head = [name for metric in metrics for name in (metric, "difference")]
+    return markdown(["variant", *head, "share of seeds that learned", "seeds"], rows)
 
 
 def cost_table(costs: Mapping[str, Mapping[str, float]], baseline: str) -> str:
@@ -102,7 +112,8 @@ def distance_table(results: Results, task: str, baseline: str, reach: float) -> 
     The last column has the objects whose cue is more than ``reach`` pixels away, outside the
     baseline's receptive field.
     """
-    ranges = results[0]["by_distance"]
+    first = next(run for run in results if run["task"] == task)
+    ranges = first["by_distance"]
     columns = [*(("by_distance", i) for i in range(len(ranges))), ("beyond_reach",)]
     rows = []
     for variant in variants(results):
@@ -114,7 +125,7 @@ def distance_table(results: Results, task: str, baseline: str, reach: float) -> 
             cells.append(f"{statistics.fmean(values.values()):.1f}{difference}")
         rows.append([variant, *cells])
     names = [f"{r['low']:g} to {r['high']:g} px" for r in ranges] + [f"beyond {reach:.0f} px"]
-    counts = [str(r["count"]) for r in (*ranges, results[0]["beyond_reach"])]
+    counts = [str(r["count"]) for r in (*ranges, first["beyond_reach"])]
     return markdown(["variant", *names], [["objects", *counts], *rows])
 
 

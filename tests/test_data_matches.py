@@ -22,7 +22,7 @@ from nonlocal_det.data.builtin import DATASETS
 from nonlocal_det.data.lamps.raster import signed_distance
 
 PARAMS = DATASETS["matches_long"].params
-NONE = PARAMS.categories.index("none")
+UNLIT = 3  # a color, too
 # The polygon of a disk has 40 corners; that of a triangle and a square, five for each rounded one.
 OUTLINE_OF = {40: 0, 15: 1, 20: 2}
 
@@ -50,15 +50,17 @@ def test_an_object_has_the_color_of_the_lamp_with_its_outline() -> None:
         shapes, lamps = split(scene)
         assert 4 <= len(shapes) <= 6
         for shape in shapes:
-            assert shape.category == color_of.get(OUTLINE_OF[len(shape.polygon)], NONE)
-            assert (shape.cue is None) == (shape.category == NONE)
+            outline = OUTLINE_OF[len(shape.polygon)]
+            assert divmod(shape.category, 3) == (color_of.get(outline, UNLIT), outline)
+            assert (shape.cue is None) == (outline not in color_of)
         for instance, lamp in zip(lamps, scene.lamps):
-            assert instance.category == lamp.color and instance.polygon is lamp.polygon
+            assert divmod(instance.category, 3) == (lamp.color, OUTLINE_OF[len(lamp.polygon)])
+            assert instance.polygon is lamp.polygon
 
 
 def test_every_class_number_of_lamps_and_pair_occurs() -> None:
-    """Expected of 300 images: 4.7 without a lamp, and 375 shapes of each class."""
-    categories, lamps, pairs = np.zeros(4), np.zeros(4), np.zeros((3, 3))
+    """Expected of 300 images: 4.7 without a lamp, and 125 shapes of each class."""
+    categories, lamps, pairs = np.zeros(12), np.zeros(4), np.zeros((3, 3))
     for scene in scenes(300):
         lamps[len(scene.lamps)] += 1
         for lamp in scene.lamps:
@@ -68,7 +70,7 @@ def test_every_class_number_of_lamps_and_pair_occurs() -> None:
     assert lamps.min() > 0
     # Each of the nine pairs is in a quarter of the images.
     assert 50 < pairs.min() <= pairs.max() < 100
-    assert 0.2 < (categories / categories.sum()).min()
+    assert 0.06 < (categories / categories.sum()).min()
 
 
 @pytest.mark.parametrize("index", range(10))
@@ -89,7 +91,8 @@ def test_colors_change_lamps_and_classes_alone(index: int) -> None:
             np.testing.assert_array_equal(a.polygon, b.polygon)
             assert a.cue == b.cue
             # The first order is 0, 1, 2: a color's place in it is the color.
-            assert b.category == (NONE if a.category == NONE else order[a.category])
+            color, outline = divmod(a.category, 3)
+            assert b.category == 3 * (*order, UNLIT)[color] + outline
         for shape in split(first)[0]:
             assert far[shape.mask].all()
         for a, b in zip(first.lamps, other.lamps):
@@ -138,7 +141,9 @@ def test_colors_that_are_not_three_are_rejected(colors: tuple[int, ...]) -> None
 def test_annotations_locate_the_lamp_of_each_object(tmp_path: Path) -> None:
     write_dataset(str(tmp_path), "val", 20, params=PARAMS)
     content = json.loads((tmp_path / "annotations" / "instances_val.json").read_text())
-    assert [c["name"] for c in content["categories"]] == ["amber", "teal", "violet", "none"]
+    names = [c["name"] for c in content["categories"]]
+    assert names[:4] == ["amber disk", "amber triangle", "amber square", "teal disk"]
+    assert names[-1] == "unlit square" and len(names) == 12
     objects = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         objects[annotation["image_id"]].append(annotation)

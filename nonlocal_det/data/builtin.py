@@ -93,8 +93,9 @@ def register_lamps(root: str | None = None) -> None:
         PathManager.register_handler(_LampsHandler(folder, dataset), allow_override=True)
         metadata: dict[str, Any] = {"thing_classes": list(dataset.params.categories)}
         if dataset.params.decided_by != "outline":
-            colors = {**LAMP_COLORS, "none": (160, 160, 160)}
-            metadata["thing_colors"] = [colors[name] for name in dataset.params.categories]
+            colors = {**LAMP_COLORS, "unlit": (160, 160, 160)}
+            names = dataset.params.categories
+            metadata["thing_colors"] = [colors[name.split()[0]] for name in names]
         for split in dataset.splits:
             name = f"{dataset_name}_{split}"
             DatasetCatalog.pop(name, None)

@@ -7,8 +7,10 @@ which is what non-local blocks are for. As a control, the same images can be lab
 the outline of each shape; then the lamp carries no information.
 
 One summary of the image, the same for all of its shapes, is enough there. Not so in the images to
-match: each has up to three lamps of different colors and outlines, and a shape's category is the
-color of the lamp that has its own kind of outline, or "none" if there is no such lamp.
+match: each has up to three lamps of different colors and outlines, and a shape's category is its
+outline and the color of the lamp of the same outline, or "unlit": "amber disk", "unlit square". The
+outline is local, and so is all of a lamp's own category: without them in the names, few networks
+find out in a short training that outlines are what to match.
 
 Shapes are polygons, rasterized by their exact signed distance, so that the annotated polygon and
 the painted edge agree to a fraction of a pixel. They overlap neither each other nor a lamp's
@@ -48,7 +50,12 @@ GENERATOR_VERSION = 1
 CATEGORIES = {
     "lamp": tuple(LAMP_COLORS),
     "outline": ("round", "pointed", "square"),
-    "match": (*LAMP_COLORS, "none"),
+    # By color, then by outline.
+    "match": tuple(
+        f"{color} {outline}"
+        for color in (*LAMP_COLORS, "unlit")
+        for outline in ("disk", "triangle", "square")
+    ),
 }
 
 _MISSING = 0.25  # probability that a kind of outline has no lamp, in the images to match
@@ -111,7 +118,7 @@ class Instance:
         category: Index of the category.
         polygon: Outline (V, 2) as (x, y) in pixels.
         mask: Boolean mask (H, W).
-        cue: Center (x, y) of the box around its lamp; None if it has the category "none".
+        cue: Center (x, y) of the box around its lamp; None if it has none.
     """
 
     category: int
@@ -233,11 +240,12 @@ def _label(
         cue = next((lamp for lamp in lamps if lamp.outline == thing.outline), None)
     else:
         (cue,) = lamps
-    if params.decided_by == "outline":
-        category = thing.outline
-    else:
-        category = cue.color if cue else params.categories.index("none")
-    return Instance(category, thing.polygon, mask, cue.box_center if cue else None)
+    color = cue.color if cue else len(LAMP_COLORS)
+    outline = thing.outline
+    category = {"lamp": color, "outline": outline, "match": 3 * color + outline}
+    return Instance(
+        category[params.decided_by], thing.polygon, mask, cue.box_center if cue else None
+    )
 
 
 def _arrange(

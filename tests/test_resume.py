@@ -255,6 +255,7 @@ def test_the_evaluation_of_a_finished_run_is_kept_if_it_is_extended(
     path = tmp_path / "metrics.json"
     rows = [{"iteration": 5, "total_loss": 1.0}, {"iteration": 6, "bbox/AP": 2.0}]
     later = [{"iteration": 6, "total_loss": 1.0}, {"loss": 1.0}, [6], {"iteration": 7}]
+    later.insert(0, {"iteration": 6, "health/block/entropy": 0.5})
     whole = [json.dumps(row) + "\n" for row in (*rows, *later)]
     path.write_text("".join(whole))
     assert truncate_metrics(str(path), 6, keep_evaluation=keep) == (6 if keep else 5)

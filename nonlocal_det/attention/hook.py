@@ -64,7 +64,7 @@ class AttentionHook(HookBase):
             return
         # Resizing samples from the only size there is; the trainer's random numbers must not shift.
         state = np.random.get_state()
-        with _errors_logged("The images whose attention is to be monitored cannot be read"):
+        with errors_logged("The images whose attention is to be monitored cannot be read"):
             self._read_samples()
         np.random.set_state(state)
 
@@ -84,7 +84,7 @@ class AttentionHook(HookBase):
             # Not DistributedDataParallel: inference on one process must not wait for the others.
             model = getattr(self.trainer.model, "module", self.trainer.model)
             training = model.training
-            with _errors_logged(f"The attention of iteration {iteration} cannot be monitored"):
+            with errors_logged(f"The attention of iteration {iteration} cannot be monitored"):
                 self._write(model.eval())
             model.train(training)
 
@@ -104,7 +104,7 @@ class AttentionHook(HookBase):
 
 
 @contextmanager
-def _errors_logged(what: str) -> Iterator[None]:
+def errors_logged(what: str) -> Iterator[None]:
     """Log an error of the body, whatever it is, as a warning."""
     try:
         yield

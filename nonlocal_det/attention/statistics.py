@@ -79,22 +79,40 @@ def average_distance(vectors: np.ndarray) -> float:
     return float((1 - cosine) / 2)
 
 
-def relative_entropy(weights: np.ndarray) -> float:
+def relative_entropy(weights: np.ndarray, num_keys: Optional[np.ndarray] = None) -> float:
     """Compute the mean entropy of attention maps, divided by that of a uniform map.
 
     Args:
         weights: Attention weights, shape (Q, K); rows of zeros are ignored.
+        num_keys: Number of keys that each query can attend to, shape (Q,); K by default. Rows with
+            a single key are ignored.
 
     Returns:
         Mean relative entropy, or NaN if there is one key or all weights are zero.
     """
     magnitudes = np.abs(weights.astype(np.float64))
     totals = magnitudes.sum(axis=1)
-    if weights.shape[1] < 2 or not (totals > 0).any():
+    keys = np.broadcast_to(weights.shape[1] if num_keys is None else num_keys, len(weights))
+    defined = (totals > 0) & (keys > 1)
+    if not defined.any():
         return math.nan
-    probabilities = magnitudes[totals > 0] / totals[totals > 0, None]
+    probabilities = magnitudes[defined] / totals[defined, None]
     logs = np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
-    return float(-(probabilities * logs).sum(axis=1).mean() / math.log(weights.shape[1]))
+    return float(-((probabilities * logs).sum(axis=1) / np.log(keys[defined])).mean())
+
+
+def residual_ratio(inputs: np.ndarray, residuals: np.ndarray) -> float:
+    """Compute the norm of what a block adds to its input, over the norm of the input.
+
+    Args:
+        inputs: Input vectors of some positions.
+        residuals: What the block adds to them, of the same shape.
+
+    Returns:
+        The ratio, or NaN if the input is zero.
+    """
+    norm = np.linalg.norm(inputs)
+    return float(np.linalg.norm(residuals) / norm) if norm > 0 else math.nan
 
 
 def attention_stats(
@@ -152,7 +170,7 @@ def _stats_of_grid(
         output_distance=average_distance(residuals),
         input_distance=average_distance(inputs),
         entropy=relative_entropy(weights),
-        residual_ratio=float(np.linalg.norm(residuals) / max(np.linalg.norm(inputs), 1e-30)),
+        residual_ratio=residual_ratio(inputs, residuals),
     )
 
 

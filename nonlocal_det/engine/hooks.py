@@ -260,11 +260,16 @@ def truncate_metrics(path: str, start: int, *, keep_evaluation: bool = False) ->
             offset += len(line)
             row = _parse_metrics(line)
             iteration = row.get("iteration", start + 1)
-            is_evaluation = iteration == start and "total_loss" not in row
+            is_evaluation = iteration == start and not any(map(_is_of_training, row))
             if iteration < start or keep_evaluation and is_evaluation:
                 last, end = iteration, offset
         file.truncate(end)
     return last
+
+
+def _is_of_training(scalar: str) -> bool:
+    """Whether a scalar is written during an iteration, not by an evaluation after the last."""
+    return scalar == "total_loss" or scalar.startswith(("health/", "attention/"))
 
 
 def _parse_metrics(line: bytes) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..checkpoint.atomic_checkpoint import AtomicCheckpointer
 from ..data.dataset_mapper import CheckedDatasetMapper
 from ..data.train_loader import build_resumable_train_loader
 from ..evaluation import ReportingCOCOEvaluator
+from .health import HealthHook
 from .hooks import ResumeHook, TrainingErrorHook
 from .launch import wrap_ddp
 from .train_loop import GradAccumTrainer, resolve_amp_dtype
@@ -91,9 +92,10 @@ class LazyTrainer(GradAccumTrainer):
         return results
 
     def build_hooks(self) -> list[Any]:
-        """Build the hooks of detectron2's script, error messages and resuming."""
+        """Build the hooks of detectron2's script, health of the blocks, errors and resuming."""
         train, is_main = self.cfg.train, comm.is_main_process()
         before = [
+            HealthHook(train.checkpointer.period),
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(self.cfg.lr_multiplier)),
         ]

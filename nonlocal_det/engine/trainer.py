@@ -26,6 +26,7 @@ from ..data.train_loader import build_resumable_train_loader
 from ..evaluation.evaluators import build_evaluator
 from ..modeling.supported_positions import used_features
 from ..utils.validation import check_choice
+from .health import HealthHook
 from .hooks import ResumeHook, TrainingErrorHook
 from .launch import SkipEvalOnErrorMixin, wrap_ddp
 from .train_loop import GradAccumTrainer, resolve_amp_dtype
@@ -104,7 +105,7 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_hooks(self) -> list[Any]:
-        """Build detectron2's hooks, attention maps, error messages and resuming."""
+        """Build detectron2's hooks, health of the blocks, attention maps, errors and resuming."""
         built = super().build_hooks()
         if self.cfg.MODEL.NONLOCAL.VIS_PERIOD:
             # Before the writers, which come last.
@@ -114,7 +115,8 @@ class Trainer(SkipEvalOnErrorMixin, DefaultTrainer):
         self._resume_hook = ResumeHook(
             self._trainer.data_loader, _seed(self.cfg), self.cfg.OUTPUT_DIR, after_checkpoint
         )
-        return [*built, self._error_hook, self._resume_hook]
+        health_hook = HealthHook(self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        return [health_hook, *built, self._error_hook, self._resume_hook]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last valid checkpoint or, without one, ``MODEL.WEIGHTS``."""

@@ -9,12 +9,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from detectron2.modeling import build_model
+from PIL import Image
 from tiny_models import NARROW, STOCK, blocks_of, renamed
 from tool_process import run_tool
+from torch import nn
 
 from nonlocal_det.benchmark import flops
+from nonlocal_det.benchmark.initial_attention import _take_statistics, initial_weights
 from nonlocal_det.cli.analyze import main, parse_args
 from nonlocal_det.config import load_config
 
@@ -87,6 +92,62 @@ def test_the_command(tmp_path, capsys):
     assert found["total"]["flops"] == found["baseline"]["flops"] + sum(
         block["flops"] for block in found["blocks"].values()
     )
+
+
+LAZY = str(ROOT / "configs" / "lazy" / "mask_rcnn_R50_NL.py")
+MIXED = "('res3[0] MECHANISM=global_context', 'res4[-2] SCALE=True', 'p3 PAIRWISE=dot_product')"
+
+
+def test_attention_on_an_image(tmp_path, capsys):
+    """With random weights and with a file's, whose attention is uniform here."""
+    image, path, weights = (str(tmp_path / name) for name in ("i.png", "found.json", "w.pth"))
+    noise = np.random.default_rng(0).integers(0, 256, (90, 60, 3), np.uint8)
+    Image.fromarray(noise).save(image)
+    given = ["--config-file", CONFIG, "--size", "64", "96", "--output-json", path, *SMALL]
+    given += ["MODEL.NONLOCAL.POSITIONS", MIXED]
+    torch.manual_seed(0)
+    main([*given, "--image", image])
+    printed = capsys.readouterr().out
+    names = ["backbone.bottom_up.res3.nl0", "backbone.bottom_up.res4.nl4"]
+    for name in names:
+        measured = json.loads(Path(path).read_text())["attention"][name]
+        assert 0 < measured["entropy"] < 0.999 and 0 < measured["max_weight"] <= 1
+        assert f"{measured['entropy']:.3f}" in printed
+    assert f"{image}, with random weights" in printed
+
+    model = flops.build_for_analysis(CONFIG, given[7:])
+    for block in blocks_of(model).values():
+        nn.init.zeros_(getattr(block, "w_k", getattr(block, "theta", None)).weight)
+    torch.save({"model": model.state_dict()}, weights)
+    main([*given, "MODEL.WEIGHTS", weights, "--image", image])
+    attention = json.loads(Path(path).read_text())["attention"]
+    assert sorted(attention) == names
+    assert all(a["entropy"] == pytest.approx(1, abs=1e-5) for a in attention.values())
+    assert f"with {weights}" in capsys.readouterr().out
+
+
+def test_features_of_random_weights_do_not_grow():
+    """With FrozenBN's own statistics they would, by orders of magnitude."""
+    torch.manual_seed(0)
+    model = flops.build_for_analysis(CONFIG, SMALL)
+    for module in model.modules():
+        if hasattr(module, "running_mean"):
+            module.register_forward_pre_hook(_take_statistics)
+    with torch.no_grad():
+        features = model.eval().backbone.bottom_up(torch.randn(1, 3, 64, 96))
+    assert all(0.3 < x.std() < 10 for x in features.values())
+
+
+def test_weights_that_a_configuration_trains_from(tmp_path):
+    assert initial_weights(CONFIG, []) == initial_weights(LAZY, []) == ""  # detectron2's
+    file = tmp_path / "w.pth"
+    file.touch()
+    assert initial_weights(CONFIG, ["MODEL.WEIGHTS", str(file)]) == str(file)
+    assert initial_weights(LAZY, [f"train.init_checkpoint={file}"]) == str(file)
+    with pytest.raises(FileNotFoundError, match="There is no file of weights 'no_such.pth'"):
+        initial_weights(CONFIG, ["MODEL.WEIGHTS", "no_such.pth"])
+    with pytest.raises(SystemExit):
+        parse_args(["--config-file", CONFIG, "--image", "no_such.png"])
 
 
 def test_a_lazy_configuration():

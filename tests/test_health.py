@@ -1,6 +1,11 @@
 """Health of the blocks in training: what is logged, when, and that training does not notice.
 
-Mutations tried by hand; each makes at least one test here fail: TBD
+Mutations tried by hand; each makes at least one test here fail: a new block that is dead at once, or
+none ever; warnings of frozen blocks; each threshold; any of the measured iterations left out, or all
+measured; hooks left after a step, or after one that failed; the latest call instead of the first;
+entropy relative to all keys, or to those with a weight; the call's mask ignored; no care for no
+RoIs; torch's random numbers used; the block run again; errors that end the run; a trainer without
+the hook, or with it after the checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from detectron2.engine import HookBase
 from tiny_models import blocks_of, images, zoo_config
 from torch import nn
 
-from nonlocal_det.attention.block_health import block_health
+from nonlocal_det.attention.block_health import HealthMeter, block_health
 from nonlocal_det.engine import GradAccumTrainer, Trainer
 from nonlocal_det.engine.health import HealthHook
 from nonlocal_det.engine.lazy_trainer import LazyTrainer
@@ -130,15 +135,17 @@ def test_a_new_block_is_dead_only_from_iteration_100_on_and_a_frozen_one_never(l
     assert not warnings_in(log)
 
 
-def test_scalars_are_of_the_measured_iterations(log):
+@pytest.mark.parametrize(
+    ("start", "stop", "expected"), [(95, 125, [99, 119, 124]), (997, 1002, [999, 1001])]
+)
+def test_scalars_are_of_the_measured_iterations(start, stop, expected, log):
     """Iterations 100 and 1000, each checkpoint's and the last."""
-    model, hook = awake(Network()), HealthHook(40)
-    written = train(model, 95, 125, hook)
+    written = train(awake(Network()), start, stop, HealthHook(40))
     assert sorted(written) == ["health/block/entropy", "health/block/residual_ratio"]
     for values in written.values():
-        assert [at for _, at in values] == [99, 119, 124]
+        assert [at for _, at in values] == expected
         assert all(0 < value < 1.1 for value, _ in values)
-    assert log.text.count("Blocks at iteration ") == 3
+    assert log.text.count("Blocks at iteration ") == len(expected)
 
 
 def test_of_several_calls_the_first_is_measured():
@@ -171,6 +178,14 @@ def test_values_are_those_of_the_definition():
     entropies = -torch.special.xlogy(rows, rows).sum(dim=1)[keys > 1] / keys[keys > 1].log()
     assert health.entropy == pytest.approx(entropies.mean().item(), rel=1e-5)
     assert health.max_weight == pytest.approx(rows.amax(dim=1).mean().item(), rel=1e-5)
+
+
+def test_the_entropy_of_a_single_key_is_zero():
+    """Though all other weights underflow."""
+    block = NonLocalBlock(8)
+    scale(block.theta, 1e6)
+    x = torch.randn(1, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+    assert block_health(block, x, block(x), None).entropy == pytest.approx(0, abs=1e-3)
 
 
 UNIFORM = {
@@ -218,10 +233,12 @@ def test_the_padding_mask_of_the_call_holds():
             mask[:, :, 4:] = False
             return call_with_pixel_mask(mask, lambda: super(Padded, self).forward(batch))
 
-    model = awake(Padded())
+    model, meter = Padded(), HealthMeter()
     scale(model.block.theta, 0)  # uniform
-    written = train(model, 99, 100, HealthHook(1))
-    assert written["health/block/entropy"][0][0] == pytest.approx(1, abs=1e-6)
+    meter.attach(model)
+    model(batches(1)[0])
+    assert meter.detach() and is_clean(model)
+    assert meter.found["block"].max_weight == pytest.approx(1 / (9 * 4))
 
 
 @pytest.mark.parametrize("first", [0, 2])

@@ -1,6 +1,8 @@
 """Count the parameters and FLOPs that the blocks of a config add to its detector, block by block.
 
 nonlocal-det analyze --config-file mask_rcnn_R50_NL
+
+With an image, also measure the attention with which the blocks start to train.
 """
 
 from __future__ import annotations
@@ -13,6 +15,12 @@ from collections.abc import Sequence
 from typing import Optional
 
 from ..benchmark.flops import analysis_table, analyze, build_for_analysis
+from ..benchmark.initial_attention import (
+    attention_json,
+    attention_table,
+    initial_attention,
+    initial_weights,
+)
 from ..errors import exit_on_error
 from ..utils.deprecation import RenamedOption
 from ..utils.file_io import ensure_writable_dir
@@ -40,12 +48,20 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar=("HEIGHT", "WIDTH"),
         help="image size in pixels (default: 800 1333)",
     )
+    add(
+        "--image",
+        metavar="FILE",
+        help="measure the attention on this image, resized into --size: with the weights that the "
+        "config trains from if they are a local file, otherwise with random ones",
+    )
     output_json = add("--output-json", metavar="FILE", help="write the counts to this JSON file")
     add("--json", action=RenamedOption, renamed=output_json)
     add("opts", nargs="*", help="config overrides: KEY VALUE for YAML, KEY=VALUE for a LazyConfig")
     args = parser.parse_args(argv)
     if min(args.size) < 1:
         parser.error(f"--size {args.size[0]} {args.size[1]}: both must be at least 1.")
+    if args.image and not os.path.isfile(args.image):
+        parser.error(f"--image {args.image}: there is no such file.")
     return args
 
 
@@ -58,9 +74,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.output_json:
             ensure_writable_dir(os.path.dirname(args.output_json) or ".", "--output-json")
             outputs.check(args.output_json)
-        found = analyze(build_for_analysis(args.config_file, args.opts), tuple(args.size))
+        weights = initial_weights(args.config_file, args.opts) if args.image else ""
+        model = build_for_analysis(args.config_file, args.opts)
+        found = analyze(model, tuple(args.size))
         print(f"{args.config_file}, {args.size[0]} x {args.size[1]} pixels (height x width)")
         print(analysis_table(found))
+        if args.image:
+            attention = initial_attention(model, weights, args.image, tuple(args.size))
+            print(f"\nAttention on {args.image}, with {weights or 'random weights'}")
+            print(attention_table(attention))
+            found["attention"] = attention_json(attention)
         if args.output_json:
             folder, name = os.path.split(args.output_json)
             with outputs.drafts(folder) as drafts:

@@ -14,7 +14,7 @@ from ..attention.block_health import BlockHealth, HealthMeter
 
 _FIRST_ITERATIONS = (100, 1000)
 _LEARNED_BY = 100  # a new block is the identity; after so many iterations it should not be
-_SATURATED_BELOW = 0.05
+SATURATED_BELOW = 0.05  # of the entropy of a uniform map
 
 
 class HealthHook(HookBase):
@@ -92,7 +92,7 @@ def _problems(health: BlockHealth, iteration: int) -> Iterator[str]:
             f"learning rate is not zero, that neither its weights nor the gamma of its NORM are "
             f"frozen, and that a loss depends on its position."
         )
-    if health.entropy < _SATURATED_BELOW:
+    if health.entropy < SATURATED_BELOW:
         yield (
             f"is saturated: the entropy of its attention is {health.entropy:.2g} of a uniform "
             f"one's, so that what computes the attention (theta, phi) gets no gradient. SCALE "

@@ -36,6 +36,9 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # (DNL), "compact_generalized" (CGNL) or "windowed" (multi-head attention inside windows).
     # It uses those of the settings below that it has.
     node.MECHANISM = "non_local"
+    # Whose block it is, where SCALE, QK_NORM, NORM, INIT and POOL_FIRST are not given: that which
+    # learns most surely, "recommended", the "paper"'s, or that of the official code, "caffe2".
+    node.PRESET = "recommended"
     # Pairwise function (mmcv's "mode"): "gaussian", "embedded_gaussian", "dot_product" or
     # "concatenation".
     node.PAIRWISE = "embedded_gaussian"
@@ -43,19 +46,25 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     node.REDUCTION = 2
     # Max-pool keys and values by 2 in space: a quarter of the pairwise computation.
     node.SUBSAMPLE = False
-    # Max-pool before the key and value convolutions, as in the official Caffe2 code; False pools
-    # after them, as in the paper.
-    node.POOL_FIRST = False
-    # Divide the softmax logits by sqrt(inner channels), as in the official Caffe2 code.
-    node.SCALE = False
+    # Max-pool before the key and value convolutions, as in the official Caffe2 code; False, like
+    # None, pools after them, as in the paper.
+    node.POOL_FIRST = None
+    # Divide the softmax logits by sqrt(inner channels), as in the official Caffe2 code (True), or
+    # not, as in the paper (False). None: neither, see QK_NORM.
+    node.SCALE = None
+    # Scale queries and keys to unit length: the softmax logits are their cosines, times a learned
+    # factor. None: with a softmax, unless SCALE is given.
+    node.QK_NORM = None
+    # Initial value of that factor, from 1 to 100. None: 16.
+    node.LOGIT_SCALE = None
     # Norm after the output convolution: "BN", "SyncBN", "naiveSyncBN", "GN", or "" for none. With
     # "" the output convolution itself starts at zero, which suits few images per GPU. "auto" is
     # each mechanism's own: none for global_context, of which a norm sees one vector per image, and
     # "BN" for the others.
     node.NORM = "auto"
     # Initialization of the embeddings: "kaiming", as in the paper, or "normal" (standard deviation
-    # 0.01), as in the official Caffe2 code.
-    node.INIT = "kaiming"
+    # 0.01), as in the official Caffe2 code. None: "kaiming".
+    node.INIT = None
     # compact_generalized: number of channel groups.
     node.GROUPS = 1
     # windowed: number of attention heads.

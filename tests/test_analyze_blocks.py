@@ -62,8 +62,9 @@ def test_a_block_by_hand(case):
     (block,) = found["blocks"].values()
     assert block["flops"] == expected
     embedded = 1 if case == "gaussian" else 3
-    vector = 2 * D if case == "concatenation" else 0
-    assert block["parameters"] == embedded * (C * D + D) + D * C + C + vector
+    # The vector w_f; the factor of the cosines.
+    others = {"concatenation": 2 * D, "dot_product": 0}.get(case, 1)
+    assert block["parameters"] == embedded * (C * D + D) + D * C + C + others
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ class Detector(nn.Module):
 
 def spot_seeker(**settings) -> NonLocalBlock:
     """A block whose every position attends to the brightest one."""
-    block = NonLocalBlock(3, inner_channels=1, **settings)
+    block = NonLocalBlock(3, inner_channels=1, scale=False, **settings)
     for name, weight, bias in (("theta", 0.0, 1.0), ("phi", 1.0, 0.0)):
         conv = getattr(block, name)
         nn.init.constant_(conv.weight, weight)
@@ -159,7 +159,8 @@ def dense_row(block: NonLocalBlock, x: torch.Tensor, row: int, column: int) -> n
 @pytest.mark.parametrize("subsample", [False, 2])
 def test_map_is_the_dense_row_in_image_coordinates(pairwise, subsample):
     torch.manual_seed(0)
-    block = NonLocalBlock(3, pairwise=pairwise, inner_channels=2, subsample=subsample).eval()
+    settings = {"inner_channels": 2, "subsample": subsample, "scale": False}
+    block = NonLocalBlock(3, pairwise=pairwise, **settings).eval()
     model, rng = Detector(block), np.random.default_rng(0)
     # 100 x 60 becomes 160 x 96, of 20 x 12 cells; the batch is 192 x 128, of 24 x 16 cells.
     image = input_dict(rng.random((60, 100)), (160, 96))
@@ -219,6 +220,7 @@ def mask_rcnn(positions: tuple[str, ...], *options: object) -> nn.Module:
         + ["FPN.OUT_CHANNELS", 32, "ROI_BOX_HEAD.FC_DIM", 64, "ROI_MASK_HEAD.CONV_DIM", 32]
         + ["RPN.POST_NMS_TOPK_TEST", 20, "ROI_HEADS.SCORE_THRESH_TEST", 0.0]
         + ["NONLOCAL.POSITIONS", positions, "NONLOCAL.INIT", "gaussian"]
+        + ["NONLOCAL.SCALE", False]
     )
     cfg.TEST.DETECTIONS_PER_IMAGE = 4
     cfg.merge_from_list(list(options))

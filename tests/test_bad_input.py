@@ -180,7 +180,7 @@ CONFIGURATIONS = {
         ["MODEL.NONLOCL", "MODEL.NONLOCAL"],
     ),
     "a key without a value": (train("MODEL.NONLOCAL.SCALE"), ["MODEL.NONLOCAL.SCALE"]),
-    "another type": (train("MODEL.NONLOCAL.SCALE", "often"), ["MODEL.NONLOCAL.SCALE", "bool"]),
+    "another type": (train("MODEL.NONLOCAL.SCALE", "often"), ["scale is 'often'", "True"]),
     "KEY=VALUE": (train("SOLVER.MAX_ITER=3"), ["SOLVER.MAX_ITER=3"]),
 }
 POSITIONS = {

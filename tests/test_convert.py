@@ -143,6 +143,7 @@ def test_alexhex7(pairwise, bn_layer, sub_sample):
     expected = X + (apply_batch_norm(state, "W.1", out) if bn_layer else out)
 
     settings = {"pairwise": pairwise, "norm": "BN" if bn_layer else "", "subsample": sub_sample}
+    settings["scale"] = False
     assert_gives(loaded(convert_alexhex7(state), **settings), expected)
 
 
@@ -182,7 +183,7 @@ def test_caffe2(use_maxpool, after, use_softmax, no_bias):
 
     arrays = {name: value.numpy() for name, value in blobs.items()}
     state = convert_caffe2(arrays, "nonlocal_conv4_4")
-    settings = {"pairwise": pairwise, "norm": "BN" if after == "bn" else "", "scale": True}
+    settings = {"pairwise": pairwise, "norm": "BN" if after == "bn" else "", "scale": use_softmax}
     block = NonLocalBlock(C, inner_channels=D, subsample=use_maxpool, pool_first=True, **settings)
     # Statistics of Caffe2 do not count batches.
     result = block.double().eval().load_state_dict(state, strict=False)
@@ -193,7 +194,7 @@ def test_caffe2(use_maxpool, after, use_softmax, no_bias):
 def test_caffe2_keeps_three_dimensions():
     blobs = {f"nl_{part}_w": random(D, C, 1, 1, 1) for part in ("theta", "phi", "g")}
     blobs["nl_out_w"] = random(C, D, 1, 1, 1)
-    block = NonLocalBlock(C, dims=3, inner_channels=D, norm="")
+    block = NonLocalBlock(C, dims=3, inner_channels=D, scale=False, norm="")
     block.double().load_state_dict(convert_caffe2(blobs, "nl", dims=3))
 
 

@@ -57,13 +57,19 @@ VARIANTS = {
     "pool-first": ("non_local", {"subsample": 3, "pool_first": True}),
     "gaussian-pool-first": (
         "non_local",
-        {"pairwise": "gaussian", "subsample": True, "pool_first": True},
+        {"pairwise": "gaussian", "subsample": True, "pool_first": True, "scale": False},
     ),
+    "unscaled": ("non_local", {"scale": False}),
+    "gaussian-scaled": ("non_local", {"pairwise": "gaussian", "scale": True}),
+    "dot-cosine": ("non_local", {"pairwise": "dot_product", "qk_norm": True}),
     "scaled": ("non_local", {"scale": True, "init": "normal"}),
     "global-context": ("global_context", {}),
     "disentangled": ("disentangled", {}),
     "disentangled-pooled": ("disentangled", {"subsample": True, "scale": True}),
-    "disentangled-pool-first": ("disentangled", {"subsample": 2, "pool_first": True}),
+    "disentangled-pool-first": (
+        "disentangled",
+        {"subsample": 2, "pool_first": True, "scale": False},
+    ),
     "compact": ("compact_generalized", {}),
     "compact-groups": ("compact_generalized", {"groups": 2, "scale": True}),
     "compact-taylor": (
@@ -71,7 +77,8 @@ VARIANTS = {
         {"kernel": "gaussian", "taylor_order": 2, "gamma": 0.3, "groups": 2},
     ),
     "heads": ("windowed", {"num_heads": 2, "scale": True}),
-    "windows": ("windowed", {"window_size": 2}),
+    "heads-cosine": ("windowed", {"num_heads": 2}),
+    "windows": ("windowed", {"window_size": 2, "scale": False}),
     "windows-gaussian": ("windowed", {"window_size": 3, "num_heads": 2, "pairwise": "gaussian"}),
     "windows-dot": ("windowed", {"window_size": 3, "num_heads": 2, "pairwise": "dot_product"}),
     "windows-concatenation": (
@@ -168,6 +175,15 @@ def weights_of(pairwise, theta_i, phi, keys, scale=1.0, w_f=None):
     return softmax([(theta_i * phi[:, j]).sum() * scale for j in keys])
 
 
+def compared(block, theta, phi):
+    """Queries and keys, of unit length if the block has them so, the queries times its factor."""
+    if not block.qk_norm:
+        return theta, phi
+    factor = block.logit_scale.exp().clamp(max=100) if hasattr(block, "logit_scale") else 1
+    theta, phi = (t / (t.square().sum(dim=0) + 1e-6 * len(t)).sqrt() for t in (theta, phi))
+    return factor * theta, phi
+
+
 def as_row(weights, keys, count):
     row = torch.zeros(count, dtype=torch.float64)
     return (
@@ -193,6 +209,7 @@ def non_local(block, options, x, valid, coordinates):
             phi, alive = pooled(phi, valid, coordinates, stride)
             g, _ = pooled(g, valid, coordinates, stride)
     theta = x if form == "gaussian" else linear(block.theta, x)
+    theta, phi = compared(block, theta, phi)
     keys = [j for j, a in enumerate(alive) if a]
     scale = INNER**-0.5 if options.get("scale") else 1.0
     w_f = getattr(block, "w_f", None)
@@ -230,7 +247,7 @@ def disentangled(block, options, x, valid, coordinates):
         rows = torch.zeros(x.shape[1], g.shape[1], dtype=x.dtype)
         return g @ rows.T, rows
     theta = theta - theta[:, queries].mean(1, keepdim=True)
-    phi = phi - phi[:, keys].mean(1, keepdim=True)
+    theta, phi = compared(block, theta, phi - phi[:, keys].mean(1, keepdim=True))
     scale = INNER**-0.5 if options.get("scale") else 1.0
     unary = softmax([m[0, j] for j in keys])
     rows = []
@@ -275,6 +292,7 @@ def windowed(block, options, x, valid, coordinates):
     parts = zip(theta.chunk(heads), phi.chunk(heads), linear(block.g, x).chunk(heads))
     for head, (t, p, g) in enumerate(parts):
         w_f = torch.cat([halves[0, head], halves[1, head]])
+        t, p = compared(block, t, p)
         scale = (INNER // heads) ** -0.5 if options.get("scale") else 1.0
         rows = []
         for i in range(x.shape[1]):

@@ -115,9 +115,8 @@ class DenseBlock(NonLocalBlock):
 
 def _make_block(case: Case) -> Measured:
     block_type = NonLocalBlock if case.form == "fast" else DenseBlock
-    block = block_type(
-        case.shape[0], dims=len(case.shape) - 1, pairwise=case.pairwise, scale=True
-    ).to(case.device, DTYPES[case.dtype])
+    block = block_type(case.shape[0], dims=len(case.shape) - 1, pairwise=case.pairwise)
+    block = block.to(case.device, DTYPES[case.dtype])
     x = torch.randn(case.batch_size, *case.shape, **_tensor_options(case))
     return block.train(case.mode == "training"), [x]
 

@@ -23,10 +23,10 @@ _EMBEDDINGS = ("theta", "phi", "g")
 def convert_mmcv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a ``NonLocal1d``, ``NonLocal2d`` or ``NonLocal3d`` of mmcv.
 
-    Settings for equal outputs: ``pairwise`` as its ``mode``; ``scale`` as its ``use_scale``, True
-    by default, but False in mode "gaussian", which mmcv never scales; ``subsample`` as its
-    ``sub_sample``; ``inner_channels`` of channels // its ``reduction``; ``norm`` "BN" or "GN" as
-    its ``norm_cfg``, "" without one.
+    Settings for equal outputs: ``pairwise`` as its ``mode``; with a softmax, ``scale`` as its
+    ``use_scale``, True by default, but False in mode "gaussian", which mmcv never scales;
+    ``subsample`` as its ``sub_sample``; ``inner_channels`` of channels // its ``reduction``;
+    ``norm`` "BN" or "GN" as its ``norm_cfg``, "" without one.
 
     Args:
         state: Tensors of the block.
@@ -63,7 +63,7 @@ def convert_caffe2(blobs: Mapping[str, Any], prefix: str, dims: int = 2) -> dict
     """Convert one block of the official Caffe2 code.
 
     Settings for equal outputs: ``pool_first`` and ``subsample`` True with its USE_MAXPOOL;
-    ``scale`` True with its USE_SCALE; ``pairwise`` "dot_product" without its USE_SOFTMAX; ``norm``
+    ``scale`` as its USE_SCALE, or ``pairwise`` "dot_product" without its USE_SOFTMAX; ``norm``
     "BN" with its USE_BN, else "". With its USE_AFFINE, the frozen scale and shift are multiplied
     into ``out``.
 

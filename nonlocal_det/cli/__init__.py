@@ -31,6 +31,7 @@ COMMANDS = {
     "analyze": "count the parameters and FLOPs that the blocks add",
     "benchmark": "measure time and peak memory of the operators, blocks or a whole detector",
     "ablate": "train variants with several seeds and test their differences",
+    "ablate-small": "train a small network to see which settings of a block learn",
     "export": "export a detector to TorchScript or ONNX and verify the file",
 }
 

@@ -95,9 +95,8 @@ def _problems(health: BlockHealth, iteration: int) -> Iterator[str]:
     if health.entropy < SATURATED_BELOW:
         yield (
             f"is saturated: the entropy of its attention is {health.entropy:.2g} of a uniform "
-            f"one's, so that what computes the attention (theta, phi) gets no gradient. SCALE "
-            f"True, INIT normal, normalized queries and keys or a lower learning rate keep the "
-            f"logits small."
+            f"one's, so that what computes the attention (theta, phi) gets no gradient. QK_NORM, "
+            f"SCALE True or a lower learning rate keep the logits small."
         )
     if health.residual_ratio > 1:
         yield (

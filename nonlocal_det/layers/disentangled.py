@@ -47,7 +47,9 @@ class DisentangledNonLocalBlock(NonLocalBlock):
         inner_channels: Optional[int] = None,
         subsample: Union[bool, int] = False,
         pool_first: bool = False,
-        scale: bool = False,
+        scale: Optional[bool] = None,
+        qk_norm: Optional[bool] = None,
+        logit_scale: Optional[float] = None,
         norm: Norm = "BN",
         init: str = "kaiming",
     ) -> None:
@@ -58,6 +60,8 @@ class DisentangledNonLocalBlock(NonLocalBlock):
             subsample=subsample,
             pool_first=pool_first,
             scale=scale,
+            qk_norm=qk_norm,
+            logit_scale=logit_scale,
             norm=norm,
             init=init,
         )

@@ -3,10 +3,15 @@
 Paper: Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018 (arXiv 1711.07971),
 section 3 and figure 2.
 
-Deviations from the paper: none by default. ``scale``, ``pool_first`` and ``init`` select what the
-official Caffe2 code does instead. Two details the paper leaves open: subsampling rounds up, so no
-position is dropped; w_f has no bias and is initialized from a normal distribution of standard
-deviation D^-1/2.
+Deviation from the paper: by default a softmax compares queries and keys by their cosine, times a
+learned factor, as in Henry et al., "Query-Key Normalization for Transformers", Findings of EMNLP
+2020 (arXiv 2010.04245). Its logits start neither flat nor peaked, whatever the features are, where
+the paper's products start with an arg max and the official Caffe2 code's almost uniform; how often
+each learns is in docs/results.md. ``scale=False`` is the paper's block; ``scale=True``,
+``pool_first`` and ``init`` select what the official code does.
+
+Two details the paper leaves open: subsampling rounds up, so no position is dropped; w_f has no bias
+and is initialized from a normal distribution of standard deviation D^-1/2.
 
 Cost, for N queries, M keys (M = N, or N / 4 subsampled by 2) and D inner channels: the four 1x1
 convolutions take 2 N C D + 2 M C D multiplications with ``pool_first``, 4 N C D without (3 N C D
@@ -18,6 +23,7 @@ Precision: see `nonlocal_det.layers.base` and `nonlocal_det.layers.pairwise`.
 
 from __future__ import annotations
 
+import math
 from typing import Optional, Union
 
 import torch
@@ -28,7 +34,7 @@ from ..utils.validation import check_choice, check_positive_int
 from .base import NonLocalBase, init_conv
 from .casting import upcast
 from .masks import downsample_mask, masked_max_pool
-from .norms import Norm
+from .norms import Norm, unit_length
 from .pairwise import (
     concatenation_attention,
     concatenation_weights,
@@ -40,6 +46,9 @@ from .pairwise import (
 from .shapes import CONV, unflatten_spatial
 
 PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+SOFTMAX = ("gaussian", "embedded_gaussian")
+LOGIT_SCALE = 16.0  # initial factor of the cosines; its logarithm is learned
+MAX_LOGIT_SCALE = 100.0  # as in CLIP and Swin V2, so that the softmax stays below an arg max
 
 
 class NonLocalBlock(NonLocalBase):
@@ -54,7 +63,11 @@ class NonLocalBlock(NonLocalBase):
             ``dims`` is 3); True is 2, False none. Sizes are rounded up: no position is dropped.
         pool_first: Whether to pool before the key and value embeddings, as in the official Caffe2
             code, instead of after them, as in the paper.
-        scale: Whether to divide the softmax logits by sqrt(D), as in the official Caffe2 code.
+        scale: Whether to divide the softmax logits by sqrt(D), as in the official Caffe2 code, or
+            not, as in the paper. By default neither: see ``qk_norm``.
+        qk_norm: Whether to scale queries and keys to unit length. The softmax logits are then their
+            cosines, times a learned factor. By default, with a softmax unless ``scale`` is given.
+        logit_scale: Initial value of that factor, from 1 to 100; 16 by default.
         norm: Norm after the output convolution: "BN", "SyncBN", "GN", "" for none, or a callable
             from a number of channels to a module.
         init: Initialization of the embeddings: "kaiming", as in the paper, or "normal", of standard
@@ -73,12 +86,15 @@ class NonLocalBlock(NonLocalBase):
         inner_channels: Optional[int] = None,
         subsample: Union[bool, int] = False,
         pool_first: bool = False,
-        scale: bool = False,
+        scale: Optional[bool] = None,
+        qk_norm: Optional[bool] = None,
+        logit_scale: Optional[float] = None,
         norm: Norm = "BN",
         init: str = "kaiming",
     ) -> None:
         super().__init__(channels, dims=dims, inner_channels=inner_channels, norm=norm)
         check_choice("pairwise", pairwise, PAIRWISE)
+        _check_logits(pairwise, scale, qk_norm, logit_scale)
         stride = {True: 2, False: 1}[subsample] if isinstance(subsample, bool) else subsample
         check_positive_int("subsample", stride)
         self.pairwise = pairwise
@@ -93,6 +109,10 @@ class NonLocalBlock(NonLocalBase):
         if pairwise == "concatenation":
             self.w_f = nn.Parameter(torch.empty(2 * self.inner_channels))
             nn.init.normal_(self.w_f, std=self.inner_channels**-0.5)
+        self.max_log_scale = math.log(MAX_LOGIT_SCALE)
+        self.qk_norm = pairwise in SOFTMAX and scale is None if qk_norm is None else qk_norm
+        if self.qk_norm and pairwise in SOFTMAX:
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale or LOGIT_SCALE)))
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """The attention output y of equation 1, (B, D, *S); see `NonLocalBase.aggregate`."""
@@ -129,19 +149,54 @@ class NonLocalBlock(NonLocalBase):
 
     def _attend(self, theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
         """Attention output (B, D, N) from theta (B, D, N), phi (B, D, M) and g (B, D, M)."""
+        theta, phi = self._compared(theta, phi)
         if self.pairwise == "dot_product":
             return dot_product_attention(theta, phi, g, mask)
         if self.pairwise == "concatenation":
             return concatenation_attention(_total(theta), _total(phi), g, mask)
         return softmax_attention(theta, phi, g, mask, self.scale)
 
+    def _compared(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as the pairwise function compares them."""
+        if self.qk_norm:
+            theta, phi = unit_length(theta), unit_length(phi)
+        if hasattr(self, "logit_scale"):
+            theta = theta * self.logit_scale.clamp(max=self.max_log_scale).exp().to(theta.dtype)
+        return theta, phi
+
     def _weights(self, theta: Tensor, phi: Tensor, mask: Optional[Tensor]) -> Tensor:
         """Attention weights (B, N, M) behind `_attend`."""
+        theta, phi = self._compared(theta, phi)
         if self.pairwise == "dot_product":
             return dot_product_weights(theta, phi, mask)
         if self.pairwise == "concatenation":
             return concatenation_weights(_total(theta), _total(phi), mask)
         return softmax_weights(theta, phi, mask, self.scale)
+
+
+def _check_logits(
+    pairwise: str, scale: Optional[bool], qk_norm: Optional[bool], logit_scale: Optional[float]
+) -> None:
+    """Raise a ValueError for settings of the logits that this pairwise function has not."""
+    for name, value in (("scale", scale), ("qk_norm", qk_norm)):
+        check_choice(name, value, (None, False, True))
+    given = "scale" if scale else "logit_scale" if logit_scale is not None else ""
+    if pairwise not in SOFTMAX and given:
+        raise ValueError(
+            f"{given} is for the softmax of {' or '.join(SOFTMAX)}, which {pairwise} has not."
+        )
+    if pairwise == "concatenation" and qk_norm:
+        raise ValueError(
+            "qk_norm is for products of queries and keys, which concatenation has not."
+        )
+    if qk_norm and scale:
+        raise ValueError("scale and qk_norm exclude each other: cosines need no division.")
+    if logit_scale is not None:
+        if not qk_norm and (qk_norm is False or scale is not None):
+            raise ValueError("logit_scale is for cosines: set qk_norm, or leave out scale.")
+        if not isinstance(logit_scale, (int, float)) or not 1 <= logit_scale <= MAX_LOGIT_SCALE:
+            limit = f"a number from 1 to {MAX_LOGIT_SCALE:g}"
+            raise ValueError(f"logit_scale is {logit_scale!r}; it must be {limit}.")
 
 
 def _weighted(x: Tensor, weight: Tensor) -> Tensor:

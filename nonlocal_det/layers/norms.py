@@ -72,3 +72,11 @@ def masked_group_norm(
     y = (centered * (variance + eps).rsqrt()).flatten(1, 2)
     y = y * weight.unsqueeze(1) + bias.unsqueeze(1)
     return y.view_as(x).to(x.dtype)
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """Scale each column of (B, D, N) to a Euclidean length of one; columns near zero stay small."""
+    full = upcast(x)
+    # The mean square, not the sum: what counts as near zero must not depend on the width.
+    square = full.square().mean(dim=1, keepdim=True)
+    return (full * (x.shape[1] * (square + 1e-6)).rsqrt()).to(x.dtype)

@@ -66,7 +66,9 @@ class WindowedNonLocalBlock(NonLocalBlock):
         inner_channels: Optional[int] = None,
         window_size: Optional[int] = None,
         num_heads: int = 1,
-        scale: bool = False,
+        scale: Optional[bool] = None,
+        qk_norm: Optional[bool] = None,
+        logit_scale: Optional[float] = None,
         norm: Norm = "BN",
         init: str = "kaiming",
     ) -> None:
@@ -76,6 +78,8 @@ class WindowedNonLocalBlock(NonLocalBlock):
             pairwise=pairwise,
             inner_channels=inner_channels,
             scale=scale,
+            qk_norm=qk_norm,
+            logit_scale=logit_scale,
             norm=norm,
             init=init,
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch.nn as nn
@@ -13,12 +14,21 @@ from detectron2.layers import NaiveSyncBatchNorm, get_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import default_settings, with_new_keys
-from ..layers import MECHANISMS, GlobalContextBlock
+from ..layers import MECHANISMS, GlobalContextBlock, NonLocalBlock
+from ..layers.non_local import SOFTMAX
 from ..utils.deprecation import warn_renamed
 from ..utils.validation import check_choice
 from .positions import BlockFactory
 from .supported_positions import check_positions
 
+# What a preset decides, unless a key of its own does; "recommended" is the layers' own defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "paper": {"scale": False, "norm": "BN", "init": "kaiming", "pool_first": False},
+    "caffe2": {"scale": True, "norm": "BN", "init": "normal", "pool_first": True},
+}
+# Settings of the logits of a softmax, which other forms refuse.
+_OF_LOGITS = ("scale", "qk_norm", "logit_scale")
 NORMS = ("auto", "", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "GN")
 # Keys of MODEL.NONLOCAL that are no settings of a block.
 NON_BLOCK_KEYS = ("POSITIONS", "WRAPPED_BACKBONE", "MASK_PADDING", "VIS_PERIOD")
@@ -69,6 +79,7 @@ def build_block(channels: int, **settings: Any) -> nn.Module:
     """
     chosen = _complete(settings)
     check_choice("MODEL.NONLOCAL.MECHANISM", chosen["mechanism"], tuple(MECHANISMS))
+    check_choice("MODEL.NONLOCAL.PRESET", chosen["preset"], tuple(PRESETS))
     reduction = chosen["reduction"]
     if not isinstance(reduction, int) or not 1 <= reduction <= channels:
         raise ValueError(
@@ -76,14 +87,39 @@ def build_block(channels: int, **settings: Any) -> nn.Module:
             f"must be an integer from 1 to {channels}."
         )
     mechanism = MECHANISMS[chosen["mechanism"]]
-    arguments = {
-        **chosen,
-        "inner_channels": channels // reduction,
-        "norm": _norm(_resolve_norm(chosen["norm"], chosen["mechanism"])),
-    }
-    # Each mechanism gets the settings that its constructor names.
-    names = inspect.signature(mechanism).parameters.keys() & arguments.keys()
-    return mechanism(channels, **{name: arguments[name] for name in names})
+    # Each mechanism gets the settings that its constructor names, and has its own defaults.
+    names = inspect.signature(mechanism).parameters
+    given = {key: value for key, value in chosen.items() if value not in (None, "auto")}
+    for key in _OF_LOGITS:
+        if key in given and key not in names:
+            raise ValueError(
+                f"MODEL.NONLOCAL.{key.upper()} is {given[key]!r}, but {chosen['mechanism']} has no "
+                f"such setting; None leaves it out."
+            )
+    given = {**_preset(chosen), **given, "inner_channels": channels // reduction}
+    if "norm" in given:
+        given["norm"] = _norm(given["norm"])
+    return mechanism(channels, **{key: given[key] for key in names.keys() & given.keys()})
+
+
+def _preset(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What the preset decides for the chosen block; a setting that holds over it is logged."""
+    preset = dict(PRESETS[chosen["preset"]])
+    if not issubclass(MECHANISMS[chosen["mechanism"]], NonLocalBlock):
+        return {}
+    if chosen["qk_norm"] or chosen["pairwise"] not in SOFTMAX:
+        preset.pop("scale", None)
+    for key in [key for key in preset if chosen[key] not in (None, "auto", preset[key])]:
+        _log_once(
+            f"MODEL.NONLOCAL.{key.upper()} {chosen[key]!r} holds over that of the preset "
+            f"{chosen['preset']!r}, {preset[key]!r}."
+        )
+    return preset
+
+
+@cache
+def _log_once(message: str) -> None:
+    logging.getLogger(__name__).info(message)
 
 
 def _complete(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,12 +167,6 @@ def check_batch_norms(model: nn.Module, images: int, world_size: int) -> None:
                     f"a batch has one image per process: set MODEL.NONLOCAL.NORM to '' or 'GN', or "
                     f"raise SOLVER.IMS_PER_BATCH."
                 )
-
-
-def _resolve_norm(name: str, mechanism: str) -> str:
-    if name != "auto":
-        return name
-    return "" if mechanism == "global_context" else "BN"
 
 
 def _norm(name: str) -> Any:

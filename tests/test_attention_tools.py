@@ -538,6 +538,7 @@ def monitored(cfg, model, num_images: int = 3) -> tuple[AttentionHook, Storage]:
     return hook, storage
 
 
+@pytest.mark.slow
 def test_monitoring_never_ends_a_run(lamps, caplog, monkeypatch):
     """Nor does it change the model's mode, or numpy's random numbers."""
     monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)

@@ -677,6 +677,7 @@ def test_images_of_all_modes_are_valid(mode: str, folder: Path) -> None:
     assert read["image"].shape[0] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_corrupt_image_is_named_in_training(
     workers: str, folder: Path, capfd: pytest.CaptureFixture[str]

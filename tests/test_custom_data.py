@@ -177,6 +177,7 @@ def test_without_masks_boxes_are_learned(custom: Path) -> None:
     assert "bbox/AP" in row and "segm/AP" not in row
 
 
+@pytest.mark.slow
 def test_check_data_writes_nothing(custom: Path) -> None:
     before = sorted(custom.rglob("*"))
     output = ("OUTPUT_DIR", custom / "output")

@@ -2,7 +2,7 @@
 
 Mutations tried by hand; each makes at least one test here fail:
 R101's five blocks at a step of 6; REDUCTION ignored; the keypoint head's blocks before their
-ReLUs; a wrong position in the documentation's table.
+ReLUs; a wrong position in the documentation's table; a softmax of unscaled products.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from tiny_models import (
     wake,
 )
 
+from nonlocal_det.benchmark.flops import build_for_analysis
+from nonlocal_det.benchmark.initial_attention import initial_attention
 from nonlocal_det.checkpoint.detection_checkpoint import NonLocalCheckpointer
 from nonlocal_det.config import load_config
 from nonlocal_det.layers import MECHANISMS
 
 ROOT = Path(__file__).resolve().parent.parent
+COCO = ROOT.parent / "shared" / "data" / "coco"
 CONFIGS = sorted(
     path.stem for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("Base-")
 )
@@ -132,3 +135,48 @@ def test_the_table_lists_every_configuration():
         name: ", ".join(position.split()[0] for position in given)
         for name, given in positions.items()
     }
+
+
+# With a softmax; deeper models have the same blocks.
+STARTS = [
+    name
+    for name in CONFIGS
+    if "R50" in name and not any(form in name for form in ("CGNL", "dot_product", "concatenation"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COCO.exists(), reason="needs some COCO 2017 in ../shared/data/coco")
+@pytest.mark.parametrize("name", STARTS)
+def test_blocks_start_with_a_softmax_that_can_learn(name):
+    """On a real image: neither saturated, nor is the gradient of theta and phi negligible."""
+    torch.manual_seed(0)
+    model = build_for_analysis(str(ROOT / "configs" / f"{name}.yaml"), list(map(str, FEW)))
+    inputs = {}
+
+    def keep(block, args, output):
+        inputs[block] = args[0]
+
+    blocks = blocks_of(model)
+    for block in blocks.values():
+        block.register_forward_hook(keep)
+    image = next((COCO / "val2017").glob("*.jpg"))
+    found = initial_attention(model, "", str(image), (192, 288))
+    assert sorted(found) == sorted(blocks)
+    for block_name, health in found.items():
+        assert health.entropy > 0.1 and health.max_weight < 0.9, block_name
+        block, x = blocks[block_name], inputs[blocks[block_name]].detach()
+        wake(block)
+        z = block(x)
+        (z * torch.randn_like(z)).sum().backward()
+        queries, keys = ("theta", "phi") if hasattr(block, "phi") else ("w_k", "w_k")
+        if hasattr(block, queries):
+            values = block.get_submodule("g" if hasattr(block, "g") else "w_v1")
+            for part in (queries, keys):
+                assert slope(block.get_submodule(part)) > 0.02 * slope(values), (block_name, part)
+
+
+def slope(convolution):
+    """Size of a convolution's gradient, relative to that of its weights."""
+    weight = convolution.weight
+    return (weight.grad.norm() / weight.norm()).item()

@@ -16,7 +16,9 @@ from nonlocal_det.ablation.small_network import (
     STRIDE,
     TASKS,
     WIDTH,
+    Examples,
     SmallNetwork,
+    _accuracy,
     make_examples,
     train,
 )
@@ -57,6 +59,13 @@ def test_without_a_block_a_class_depends_on_47_pixels_alone():
         columns = images.grad.abs().sum(dim=(0, 1, 2)).nonzero()[:, 0]
         assert (columns - 160).abs().max() <= reach
         assert (columns.max() - columns.min() > 200) == (block is not None)
+
+
+def test_lamps_do_not_count():
+    is_shape, classes = torch.tensor([True, False, True]), torch.tensor([2, 0, 1])
+    batch = Examples(torch.zeros(1, 3, 64, 320), torch.zeros(3, 3), classes, is_shape)
+    logits = torch.nn.functional.one_hot(torch.tensor([2, 1, 0]), 3).float()
+    assert _accuracy(logits, batch) == 0.5
 
 
 @pytest.mark.slow

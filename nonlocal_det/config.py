@@ -36,8 +36,9 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # (DNL), "compact_generalized" (CGNL) or "windowed" (multi-head attention inside windows).
     # It uses those of the settings below that it has.
     node.MECHANISM = "non_local"
-    # Whose block it is, where SCALE, QK_NORM, NORM, INIT and POOL_FIRST are not given: that which
-    # learns most surely, "recommended", the "paper"'s, or that of the official code, "caffe2".
+    # Whose block it is, where SCALE, QK_NORM, NORM, INIT and POOL_FIRST are not given: ours, whose
+    # softmax starts neither saturated nor flat, "recommended", the "paper"'s, or that of its
+    # official code, "caffe2".
     node.PRESET = "recommended"
     # Pairwise function (mmcv's "mode"): "gaussian", "embedded_gaussian", "dot_product" or
     # "concatenation".

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layers import NonLocalBlock
+from ..layers.non_local import SOFTMAX
 from ..layers.pairwise import (
     concatenation_attention,
     concatenation_weights,
@@ -115,7 +116,9 @@ class DenseBlock(NonLocalBlock):
 
 def _make_block(case: Case) -> Measured:
     block_type = NonLocalBlock if case.form == "fast" else DenseBlock
-    block = block_type(case.shape[0], dims=len(case.shape) - 1, pairwise=case.pairwise)
+    scale = True if case.pairwise in SOFTMAX else None  # as in other implementations
+    dims = len(case.shape) - 1
+    block = block_type(case.shape[0], dims=dims, pairwise=case.pairwise, scale=scale)
     block = block.to(case.device, DTYPES[case.dtype])
     x = torch.randn(case.batch_size, *case.shape, **_tensor_options(case))
     return block.train(case.mode == "training"), [x]

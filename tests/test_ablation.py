@@ -39,7 +39,7 @@ from nonlocal_det.data.lamps.writer import annotation_file
 from nonlocal_det.modeling.supported_positions import check_positions
 
 PROJECT = Path(__file__).parents[1]
-SUITES = sorted((PROJECT / "configs" / "ablation").glob("*.yaml"))
+SUITES = sorted((PROJECT / "configs" / "ablation").glob("lamps_*.yaml"))
 CONFIG = PROJECT / "configs" / "Base-Lamps-Faster-RCNN-C4.yaml"
 
 
@@ -476,8 +476,8 @@ def test_a_study_from_training_to_tables(
         folder = output / "near" / run["variant"].replace(" ", "_") / "seed1"
         assert (folder / "output.txt").read_text().startswith("$ ")
     stock, block = report["costs"]["stock"], report["costs"]["one block"]
-    # theta, phi, g and out of 256 channels, 128 inner, with their biases.
-    assert block["parameters"] - stock["parameters"] == 4 * 256 * 128 + 3 * 128 + 256
+    # theta, phi, g and out of 256 channels, 128 inner, with their biases; the cosines' factor.
+    assert block["parameters"] - stock["parameters"] == 4 * 256 * 128 + 3 * 128 + 256 + 1
     assert block["flops"] > stock["flops"] and block["bytes"] > stock["bytes"]
     assert (output / "distance.png").stat().st_size > 10_000
     assert (output / "tables.md").read_text() == tables(report)

@@ -110,6 +110,12 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch, capsys):
     assert "| none | 50.0 | 50.0 | 0 of 3 |" in said
 
 
+def test_the_shipped_suite_can_be_built():
+    suite = read_small_suite("ablation/small_network")
+    assert len(suite.runs()) == len(suite.tasks) * len(suite.seeds) * len(suite.variants)
+    assert len(suite.seeds) >= 8 and set(suite.tasks) == set(TASKS)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

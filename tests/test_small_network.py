@@ -122,6 +122,9 @@ def test_the_shipped_suite_can_be_built():
         ({"tasks": ["near"]}, "'near'; it must be one of 'match', 'far', 'local'"),
         ({"variants": {"a": {"SCALEE": True}}}, "The variant 'a' of .*SCALEE"),
         ({"variants": {"a": {"PAIRWISE": "dot_product", "SCALE": True}}}, "scale is for the softm"),
+        ({"seeds": []}, r"'seeds' of .* is \[\]; it must be a list of at least one"),
+        ({"seeds": ["a"]}, r"The seeds of .* are \['a'\]; they must be integers"),
+        ({"variants": ["none"]}, r"it must be a dict of at least one"),
         ({"config": "a.yaml"}, "is no suite of the small network; it needs tasks, variants, seeds"),
     ],
 )
@@ -134,6 +137,9 @@ def test_a_wrong_suite_is_told_before_anything_is_trained(tmp_path, change, said
 
 def test_a_line_that_is_no_result_is_named(tmp_path):
     file = tmp_path / "results.jsonl"
-    file.write_text(json.dumps({"task": "far", "variant": "a"}) + "\nnothing\n")
-    with pytest.raises(ValueError, match=r"Line 2 of .*results.jsonl' is not the result of a run"):
-        read_results(str(file))
+    whole = {"task": "far", "variant": "a", "settings": None, "seed": 1, "accuracy": 1.0}
+    whole.update(learned_at=None, entropy={})
+    for line in ("nothing", "[]", json.dumps({"task": "far"})):
+        file.write_text(f"{json.dumps(whole)}\n{line}\n")
+        with pytest.raises(ValueError, match=r"Line 2 of .*s.jsonl' is not the result of a run"):
+            read_results(str(file))

@@ -28,6 +28,7 @@ from .small_network import TASKS, WIDTH
 from .statistics import markdown
 
 Result = dict[str, Any]
+_KEYS = {"task", "variant", "settings", "seed", "accuracy", "learned_at", "entropy"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,14 @@ def read_small_suite(file: str) -> SmallSuite:
     parts = tuple(SmallSuite.__dataclass_fields__)
     if not isinstance(content, dict) or sorted(content) != sorted(parts):
         raise ValueError(f"{file!r} is no suite of the small network; it needs {', '.join(parts)}.")
+    for part, kind in (("tasks", list), ("variants", dict), ("seeds", list)):
+        if not isinstance(content[part], kind) or not content[part]:
+            raise ValueError(
+                f"{part!r} of {file!r} is {content[part]!r}; it must be a {kind.__name__} of at "
+                f"least one."
+            )
+    if not all(type(seed) is int for seed in content["seeds"]):
+        raise ValueError(f"The seeds of {file!r} are {content['seeds']!r}; they must be integers.")
     for task in content["tasks"]:
         check_choice(f"A task of {file!r}", task, tuple(TASKS))
     for name, settings in content["variants"].items():
@@ -106,12 +115,12 @@ def read_results(file: str) -> list[Result]:
     with open(file, encoding="utf-8") as opened:
         for number, line in enumerate(opened, start=1):
             try:
-                result = json.loads(line)
-                results.append({**result, **{key: result[key] for key in ("task", "variant")}})
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"Line {number} of {file!r} is not the result of a run."
-                ) from error
+                results.append(json.loads(line))
+                complete = _KEYS <= results[-1].keys()
+            except (ValueError, AttributeError):
+                complete = False
+            if not complete:
+                raise ValueError(f"Line {number} of {file!r} is not the result of a run.")
     return results
 
 

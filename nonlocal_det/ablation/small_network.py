@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.statistics import relative_entropy
-from ..data.lamps.generator import LampsParams, render_scene
+from ..data.builtin import DATASETS
+from ..data.lamps.generator import render_scene
 from ..data.lamps.writer import image_rng
 from ..layers import NonLocalBlock
 from ..layers.base import NonLocalBase
@@ -38,15 +39,13 @@ WIDTH = 96  # channels of the features
 BATCH = 16  # images per step
 LEARNED = 0.95  # accuracy from which on a task counts as learned
 
-_IMAGES = LampsParams(
-    side=(64, 64),
+_IMAGES = replace(
+    DATASETS["lamps_long"].params,
     width=(320, 320),
     num_shapes=(3, 4),
     shape_size=(24.0, 36.0),
     lamp_size=(22.0, 26.0),
     halo=1.8,
-    gap=2.0,
-    lamp_counts=True,
 )
 TASKS = {
     "match": replace(_IMAGES, decided_by="match"),

@@ -46,15 +46,14 @@ from .raster import cross, pixel_centers, regular, rounded, signed_distance, sta
 # Change this whenever the same seed and parameters would give other images or annotations.
 GENERATOR_VERSION = 1
 
+_MATCHED = ("disk", "triangle", "square")  # the outlines of the images to match
 # The categories for each cue that can decide a shape's category.
 CATEGORIES = {
     "lamp": tuple(LAMP_COLORS),
     "outline": ("round", "pointed", "square"),
     # By color, then by outline.
     "match": tuple(
-        f"{color} {outline}"
-        for color in (*LAMP_COLORS, "unlit")
-        for outline in ("disk", "triangle", "square")
+        f"{color} {outline}" for color in (*LAMP_COLORS, "unlit") for outline in _MATCHED
     ),
 }
 
@@ -198,7 +197,7 @@ def render_scene(
     lamp_circles, shape_circles = _arrange(rng, params, len(color_of), height, width)
     lamps = _sample_lamps(rng, color_of, lamp_circles, turned=to_match)
     # To match, shapes have the outlines of lamps alone, the first of each kind.
-    num_kinds = len(LAMP_COLORS) if to_match else len(_UNIT_POLYGONS)
+    num_kinds = len(_MATCHED if to_match else _UNIT_POLYGONS)
     shapes = _sample_shapes(rng, shape_circles, num_kinds)
     canvas = background(rng, height, width)
     for shape in shapes:
@@ -242,7 +241,7 @@ def _label(
         (cue,) = lamps
     color = cue.color if cue else len(LAMP_COLORS)
     outline = thing.outline
-    category = {"lamp": color, "outline": outline, "match": 3 * color + outline}
+    category = {"lamp": color, "outline": outline, "match": len(_MATCHED) * color + outline}
     return Instance(
         category[params.decided_by], thing.polygon, mask, cue.box_center if cue else None
     )

@@ -12,6 +12,7 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from multiprocessing import get_context
 from typing import Any, Optional
 
@@ -67,15 +68,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     missing = suite.missing(results)
     print(f"{len(missing)} of {len(suite.runs())} runs to train", flush=True)
     for run, result in _train_all(missing, args.jobs):
-        results.append(
-            {
-                "task": run.task,
-                "variant": run.variant,
-                "settings": run.settings,
-                "seed": run.seed,
-                **result,
-            }
-        )
+        results.append({**asdict(run), **result})
         write_results(args.results, results)
         print(f"{run.task}, {run.variant}, seed {run.seed}: {result['accuracy']:.1%}", flush=True)
     print(f"\n{tables(suite, results)}")
@@ -87,5 +80,8 @@ def _train_all(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, dict[str, 
     context = get_context("spawn")
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
         pending = {pool.submit(train, run.task, run.settings, run.seed): run for run in runs}
-        for done in as_completed(pending):
-            yield pending[done], done.result()
+        try:
+            for done in as_completed(pending):
+                yield pending[done], done.result()
+        finally:  # also of an error or Ctrl-C: those that have not begun do not begin
+            pool.shutdown(cancel_futures=True)

@@ -24,9 +24,9 @@ from detectron2.engine import HookBase
 from tiny_models import blocks_of, images, zoo_config
 from torch import nn
 
-from nonlocal_det.attention.block_health import HealthMeter, block_health
+from nonlocal_det.attention.block_health import BlockHealth, HealthMeter, block_health
 from nonlocal_det.engine import GradAccumTrainer, Trainer
-from nonlocal_det.engine.health import HealthHook
+from nonlocal_det.engine.health import HealthHook, _problems
 from nonlocal_det.engine.lazy_trainer import LazyTrainer
 from nonlocal_det.layers import (
     CompactGeneralizedNonLocalBlock,
@@ -178,6 +178,12 @@ def test_values_are_those_of_the_definition():
     entropies = -torch.special.xlogy(rows, rows).sum(dim=1)[keys > 1] / keys[keys > 1].log()
     assert health.entropy == pytest.approx(entropies.mean().item(), rel=1e-5)
     assert health.max_weight == pytest.approx(rows.amax(dim=1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(2.3, 0), (9.9, 0), (10.1, 1)])
+def test_a_block_that_adds_twice_its_input_is_healthy(ratio, count):
+    """Blocks without a norm do, and learn."""
+    assert len([*_problems(BlockHealth(ratio, math.nan, math.nan, False), 100)]) == count
 
 
 def test_the_entropy_of_a_single_key_is_zero():

@@ -1,4 +1,4 @@
-"""A training hook that tells when a block is dead, is saturated, or adds more than it gets."""
+"""A training hook that tells when a block is dead, is saturated, or adds far more than it gets."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..attention.block_health import BlockHealth, HealthMeter
 _FIRST_ITERATIONS = (100, 1000)
 _LEARNED_BY = 100  # a new block is the identity; after so many iterations it should not be
 SATURATED_BELOW = 0.05  # of the entropy of a uniform map
+BLOWS_UP_ABOVE = 10  # times the norm of the input; blocks that learn well add up to twice it
 
 
 class HealthHook(HookBase):
@@ -98,7 +99,7 @@ def _problems(health: BlockHealth, iteration: int) -> Iterator[str]:
             f"one's, so that what computes the attention (theta, phi) gets no gradient. QK_NORM, "
             f"SCALE True or a lower learning rate keep the logits small."
         )
-    if health.residual_ratio > 1:
+    if health.residual_ratio > BLOWS_UP_ABOVE:
         yield (
             f"blows up: what it adds has {health.residual_ratio:.2g} times the norm of its input. "
             f"Add a norm after its output convolution (NORM BN, SyncBN or GN), or lower the "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
@@ -232,6 +234,25 @@ def differing_settings(config_file: str, cfg: CfgNode) -> dict[str, tuple[Any, A
     settings = dict(_flatten(yaml.safe_load(cfg.dump())))
     shared = settings.keys() & written.keys()
     return {k: (written[k], v) for k, v in settings.items() if k in shared and written[k] != v}
+
+
+def settings_digest(cfg: CfgNode) -> str:
+    """A digest of the settings that differ from the defaults, the same on all machines.
+
+    The device and the output directory do not count.
+
+    Args:
+        cfg: Config of a run.
+    """
+    defaults = get_cfg()
+    add_nonlocal_config(defaults)
+    default_of = dict(_flatten(yaml.safe_load(defaults.dump())))
+    changed = [
+        (key, value)
+        for key, value in sorted(_flatten(yaml.safe_load(cfg.dump())))
+        if key not in ("OUTPUT_DIR", "MODEL.DEVICE") and default_of.get(key) != value
+    ]
+    return hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:12]
 
 
 def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,11 +22,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_training import write_short_lamps
 
-from nonlocal_det.ablation.distance_ap import ap_by_distance
+from nonlocal_det.ablation import runs
+from nonlocal_det.ablation.distance_ap import ap_by_distance, class_agnostic_ap
 from nonlocal_det.ablation.receptive_field import receptive_field_radius
-from nonlocal_det.ablation.runs import RESULT, check_suite, train
+from nonlocal_det.ablation.results import read_results
+from nonlocal_det.ablation.runs import KEYS, RESULT, check_runs, missing_runs, train
 from nonlocal_det.ablation.statistics import (
     distance_table,
+    has_learned,
     overall_table,
     paired_difference,
     tables,
@@ -39,7 +42,7 @@ from nonlocal_det.data.lamps.writer import annotation_file
 from nonlocal_det.modeling.supported_positions import check_positions
 
 PROJECT = Path(__file__).parents[1]
-SUITES = sorted((PROJECT / "configs" / "ablation").glob("lamps_*.yaml"))
+SUITES = sorted((PROJECT / "configs" / "ablation").glob("lamps*.yaml"))
 CONFIG = PROJECT / "configs" / "Base-Lamps-Faster-RCNN-C4.yaml"
 
 
@@ -104,6 +107,16 @@ def test_what_is_wrong_at_one_distance_counts_there_alone(truth: str) -> None:
     assert far["AP"] < 40
     assert near["count"] + far["count"] == len(content["annotations"])
     assert near["count"] == sum(a["cue_distance"] < 60 for a in content["annotations"])
+
+
+def test_whatever_the_class(truth: str) -> None:
+    """Wrong names do not matter, wrong boxes do."""
+    found = detections(truth)
+    named = [{**d, "category_id": 1 + i % 3} for i, d in enumerate(found)]
+    (every,) = ap_by_distance(truth, found, (0, 1e5))
+    assert class_agnostic_ap(truth, found) == class_agnostic_ap(truth, named) > every["AP"] + 5
+    boxes = [{**d, "bbox": [0, 0, 5, 5]} for d in found]
+    assert class_agnostic_ap(truth, boxes) < 1 and class_agnostic_ap(truth, []) == 0
 
 
 def test_nothing_found_and_nothing_asked_for(truth: str) -> None:
@@ -199,14 +212,15 @@ def test_receptive_field_is_that_of_the_convolutions() -> None:
     """By hand, at res4 of R50: 7 + 2 x 2 (pool) + 3 x 2 x 4 (res2) + 4 x 2 x 8 + 6 x 2 x 16.
 
     That is 291 pixels, 145 to a side of a cell; and pooling looks at cells around the box, the
-    nearest sample in it being half a bin, 44 / 14 pixels, inside its edge.
+    nearest sample in it being half a bin, 44 / 6 pixels, inside its edge.
     """
     model = build_model(load_config(str(CONFIG)))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    side = (7 + 2 * 2 + 3 * 2 * 4 + 4 * 2 * 8 + 6 * 2 * 16 - 1) / 2
-    assert side == 145
+    # Stem, pooling, and the four convolutions of each stage, at the stride of their inputs.
+    side = (7 + 2 * 2 + 4 * 2 * 4 + (4 + 3 * 8) * 2 + (8 + 3 * 16) * 2 - 1) / 2
+    assert side == 105
     distance = receptive_field_radius(model, 44, width=512)
-    nearest = side + 44 / 2 - 44 / 14
+    nearest = side + 44 / 2 - 44 / 6
     assert nearest <= distance <= nearest + 2 * 16
     assert model.training and all(
         (value == before[n]).all() for n, value in model.state_dict().items()
@@ -266,26 +280,46 @@ def result(task: str, variant: str, seed: int, ap50: float, count: int = 0) -> d
         "task": task,
         "variant": variant,
         "seed": seed,
-        "metrics": {"bbox/AP": ap50 - 20, "bbox/AP50": ap50, "bbox/AP75": ap50 / 2},
+        "metrics": {
+            "bbox/AP": ap50 - 20,
+            "bbox/AP50": ap50,
+            "bbox/AP75": ap50 / 2,
+            "bbox/AP-any-class": 80.0,
+        },
+        "learned_at": seed,
         "by_distance": [ranges],
         "beyond_reach": {**ranges, "count": count + 1},
     }
 
 
-def test_a_table_has_three_aps_and_the_share_of_seeds_that_learned() -> None:
+def test_a_table_has_the_aps_and_the_number_of_seeds_that_learned() -> None:
     ap50s = {"stock": (94.9, 40.0, 30.0), "block": (95.0, 100.0, 30.0)}
     results = [
         result("far", variant, seed, ap50)
         for variant, values in ap50s.items()
-        for seed, ap50 in enumerate(values)
+        for seed, ap50 in enumerate(values, start=1)
     ]
+    results[-2]["learned_at"] = None  # 100.0
+    assert [has_learned(run) for run in results] == [False] * 3 + [True, False, False]
     head, _, stock, block = overall_table(results, "far", "stock").splitlines()
-    names = ["variant", "AP", "difference", "AP50", "difference", "AP75", "difference"]
-    assert cells(head) == [*names, "share of seeds that learned", "seeds"]
-    assert [c.split()[0] for c in cells(stock)[1::2]] == ["35.0", "55.0", "27.5", "0%"]
-    # Differences of AP50 0.1, 60 and 0, of AP75 half of that.
-    assert [d.split()[0] for d in cells(block)[2:7:2]] == ["+20.0", "+20.0", "+10.0"]
-    assert cells(block)[7:] == ["67%", "3"]
+    names = ["variant", "AP", "difference", "AP75", "difference", "AP50", "AP, any class"]
+    assert cells(head) == [*names, "learned", "by iteration"]
+    columns = [1, 3, 5, 6]
+    assert [cells(stock)[i].split()[0] for i in columns] == ["35.0", "27.5", "55.0", "80.0"]
+    # Differences of AP 0.1, 60 and 0, of AP75 half of that.
+    assert [cells(block)[i].split()[0] for i in (2, 4)] == ["+20.0", "+10.0"]
+    assert cells(stock)[7:] == ["0 of 3", ""] and cells(block)[7:] == ["1 of 3", "1"]
+
+
+def test_tables_of_unfinished_suites() -> None:
+    """Differences are over the seeds that both have; without one there are none."""
+    results = [result("far", "block", seed, 90) for seed in (1, 2)]
+    report = {"baseline": "stock", "costs": {"stock": COSTS}, "reach": 200}
+    *_, block = overall_table(results, "far", "stock").splitlines()
+    assert cells(block)[2] == "" and "block" in tables(report, results)
+    results.append(result("far", "stock", 2, 80))
+    *_, block, _ = overall_table(results, "far", "stock").splitlines()
+    assert cells(block)[2] == "+10.0"
 
 
 def test_a_table_by_distance_counts_the_objects_of_its_own_task() -> None:
@@ -293,6 +327,9 @@ def test_a_table_by_distance_counts_the_objects_of_its_own_task() -> None:
     for task, counts in (("far", ["7", "8"]), ("match", ["3", "4"])):
         _, _, objects, _ = distance_table(results, task, "stock", 200).splitlines()
         assert cells(objects) == ["objects", *counts]
+
+
+COSTS = {"parameters": 1, "flops": 1, "seconds": 1, "bytes": 1}
 
 
 def cells(row: str) -> list[str]:
@@ -340,6 +377,7 @@ def test_every_run_of_a_shipped_suite_can_be_built(file: Path) -> None:
             "would share the folder 'far/a_b/seed1': .*'a b'.*'a_b'",
         ),
         ({"variants": {"stock": {}, "Stock": {}}}, "would share the folder"),
+        ({"pretraining": {"tones": None}}, "'tones' among the pretraining"),
     ],
 )
 def test_a_wrong_suite_says_so(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -393,7 +431,36 @@ def leave_finished_run(suite: Suite, output: Path) -> dict[str, Any]:
 def test_finished_runs_of_the_same_configuration_are_kept(tmp_path, suite_of_one_run) -> None:
     suite = write_suite(tmp_path, suite_of_one_run)
     result = leave_finished_run(suite, tmp_path)
-    assert train(suite, suite.runs()[0], str(tmp_path), 1) == result
+    assert train(suite, suite.runs()[0], str(tmp_path), 1, 0) == result
+
+
+def test_a_file_of_results_counts_on_any_machine(tmp_path, suite_of_one_run) -> None:
+    """Also after new seeds; not for other settings, nor for another pretraining."""
+    content = suite_of_one_run
+    content["pretraining"] = {"other": {"SOLVER.MAX_ITER": 5}}
+    content["tasks"]["tuned"] = {**content["tasks"]["near"], "MODEL.WEIGHTS": "other"}
+    content["variants"]["stock"] = {}
+    suite = write_suite(tmp_path, content)
+    near, tuned = missing_runs(suite, [])
+    assert suite.start_of(near) is None
+    assert suite.start_of(tuned).folder == "pretraining/other/seed1"
+    results = [
+        {"task": run.task, "variant": run.variant, "seed": 1, "settings": runs._digest(suite, run)}
+        for run in (near, tuned)
+    ]
+    assert results[0]["settings"] != results[1]["settings"]
+    content["seeds"] = [1, 2]
+    more = write_suite(tmp_path, content)
+    assert [(run.task, run.seed) for run in missing_runs(more, results)] == [
+        ("near", 2),
+        ("tuned", 2),
+    ]
+    content["pretraining"]["other"]["SOLVER.MAX_ITER"] = 6
+    with pytest.raises(ValueError, match="run of 'tuned', 'stock', seed 1, of another conf"):
+        missing_runs(write_suite(tmp_path, content), results)
+    content["tasks"]["near"]["SOLVER.MAX_ITER"] = 6
+    with pytest.raises(ValueError, match="run of 'near', 'stock', seed 1, of another conf"):
+        missing_runs(write_suite(tmp_path, content), results)
 
 
 def test_runs_of_another_configuration_are_refused(tmp_path, suite_of_one_run, capsys) -> None:
@@ -412,7 +479,7 @@ def test_runs_of_another_configuration_are_refused(tmp_path, suite_of_one_run, c
             changed = write_suite(tmp_path, {**suite_of_one_run, **change})
             said = f"near/stock/seed1' has a run of another configuration: {said}. Move it"
             with pytest.raises(ValueError, match=said):
-                train(changed, changed.runs()[0], str(tmp_path), 1)
+                train(changed, changed.runs()[0], str(tmp_path), 1, 0)
             with pytest.raises(SystemExit, match=said):
                 main(["--suite", changed.file, "--output", str(tmp_path)])
         (tmp_path / suite.runs()[0].folder / RESULT).unlink(missing_ok=True)
@@ -423,7 +490,7 @@ def test_files_of_no_run_are_kept(tmp_path, suite_of_one_run) -> None:
     suite = write_suite(tmp_path, suite_of_one_run)
     folder = tmp_path / suite.runs()[0].folder
     folder.mkdir(parents=True)
-    check_suite(suite, str(tmp_path))
+    check_runs(suite, suite.runs(), str(tmp_path))
     for name in ("output.txt", RESULT, "metrics.json"):
         (folder / name).write_text("of the user")
         with pytest.raises(SystemExit, match="near/stock/seed1' has files that are of no run"):
@@ -438,7 +505,7 @@ def test_a_run_that_ended_at_once_starts_again(tmp_path, suite_of_one_run) -> No
     folder = tmp_path / suite.runs()[0].folder
     folder.mkdir(parents=True)
     (folder / "output.txt").write_text("$ python -m nonlocal_det train\n")
-    check_suite(suite, str(tmp_path))
+    check_runs(suite, suite.runs(), str(tmp_path))
 
 
 # ---- a study
@@ -452,64 +519,73 @@ def test_a_study_from_training_to_tables(
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
     register_lamps()
     validation = json.loads(Path(annotation_file(str(datasets / "lamps"), "val")).read_text())
-    few = {"SOLVER.MAX_ITER": 2, "SOLVER.IMS_PER_BATCH": 2}
+    few: dict[str, Any] = {"DATASETS.TRAIN": ["lamps_train"], "DATASETS.TEST": ["lamps_val"]}
+    few |= {"SOLVER.MAX_ITER": 4, "SOLVER.IMS_PER_BATCH": 2}
     content = {
         "config": str(CONFIG),
         "seeds": [1],
         "baseline": "stock",
         "distances": [0, 50, 300],
-        "tasks": {
-            "near": {**few, "DATASETS.TRAIN": ["lamps_train"], "DATASETS.TEST": ["lamps_val"]}
-        },
+        "tasks": {"near": {**few, "MODEL.WEIGHTS": "other"}},
+        "pretraining": {"other": {**few, "SOLVER.MAX_ITER": 1}},
         "variants": {"stock": {}, "one block": {"MODEL.NONLOCAL.POSITIONS": ["res4[-2]"]}},
     }
     suite, output = tmp_path / "suite.yaml", tmp_path / "output"
     suite.write_text(yaml.safe_dump(content, sort_keys=False))
     arguments = ["--suite", str(suite), "--output", str(output), "--jobs", "1"]
     main(arguments)
-    report = json.loads((output / "results.json").read_text())
-    assert [run["variant"] for run in report["runs"]] == ["stock", "one block"]
-    for run in report["runs"]:
-        assert {"bbox/AP", "bbox/AP50"} <= run["metrics"].keys()
+    report = json.loads((output / "report.json").read_text())
+    results = read_results(str(output / "results.jsonl"), KEYS)
+    assert [run["variant"] for run in results] == ["stock", "one block"]
+    for run in results:
+        assert {"bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/AP-any-class"} == run["metrics"].keys()
+        assert run["learned_at"] is None and 0 <= run["accuracy"] <= 1
+        assert list(run["entropy"]) == ([] if run["variant"] == "stock" else ["4"])
         assert sum(r["count"] for r in run["by_distance"]) == len(validation["annotations"])
         assert run["run"]["seed"] == 1 and run["run"]["command"]
         folder = output / "near" / run["variant"].replace(" ", "_") / "seed1"
-        assert (folder / "output.txt").read_text().startswith("$ ")
+        log = (folder / "output.txt").read_text()
+        assert log.startswith("$ ")
+        assert "pretraining/other/seed1/model_final.pth ..." in log
     stock, block = report["costs"]["stock"], report["costs"]["one block"]
     # theta, phi, g and out of 256 channels, 128 inner, with their biases; the cosines' factor.
     assert block["parameters"] - stock["parameters"] == 4 * 256 * 128 + 3 * 128 + 256 + 1
     assert block["flops"] > stock["flops"] and block["bytes"] > stock["bytes"]
     assert (output / "distance.png").stat().st_size > 10_000
-    assert (output / "tables.md").read_text() == tables(report)
+    assert (output / "tables.md").read_text() == tables(report, results)
     assert "one block" in capsys.readouterr().out
 
     # Another suite's files are not overwritten, nor its runs taken for this one's.
     content["variants"]["one block"]["SOLVER.BASE_LR"] = 0.5
     suite.write_text(yaml.safe_dump(content, sort_keys=False))
-    with pytest.raises(SystemExit, match="SOLVER.BASE_LR was .*, is 0.5"):
+    with pytest.raises(SystemExit, match="'one block', seed 1, of another configuration"):
         main(arguments)
+    with pytest.raises(SystemExit, match="SOLVER.BASE_LR was .*, is 0.5"):
+        main([*arguments, "--results", str(tmp_path / "none.jsonl")])
     del content["variants"]["one block"]["SOLVER.BASE_LR"]
     suite.write_text(yaml.safe_dump(content, sort_keys=False))
 
-    results = sorted(output.rglob(RESULT))
-    times = [file.stat().st_mtime_ns for file in results]
+    files = sorted(output.rglob(RESULT))
+    times = [file.stat().st_mtime_ns for file in files]
     main(arguments)
-    assert [file.stat().st_mtime_ns for file in results] == times and len(times) == 2
+    assert [file.stat().st_mtime_ns for file in files] == times and len(times) == 3
+
+    # On another machine, with the file of results alone.
+    elsewhere = tmp_path / "elsewhere"
+    main([*arguments, "--output", str(elsewhere), "--results", str(output / "results.jsonl")])
+    assert not (elsewhere / "near").exists()
+    assert (elsewhere / "tables.md").read_text().split("\n\nparam")[0].count("one block") > 2
 
 
-@pytest.mark.parametrize(
-    "file", sorted((PROJECT / "docs" / "results").glob("*.json")), ids=lambda file: file.stem
-)
-def test_the_report_shows_what_the_runs_left(file: Path) -> None:
+@pytest.mark.parametrize("name", ["lamps"])
+def test_the_docs_show_what_the_runs_left(name: str) -> None:
+    folder = PROJECT / "docs" / "results"
     text = (PROJECT / "docs" / "results.md").read_text()
-    report = json.loads(file.read_text())
-    rows = [line for line in tables(report).splitlines() if line.startswith("|")]
+    report = json.loads((folder / f"{name}.report.json").read_text())
+    results = read_results(str(folder / f"{name}.jsonl"), KEYS)
+    suite = read_suite(str(PROJECT / "configs" / "ablation" / f"{name}.yaml"))
+    missing_runs(suite, results)  # those that are there are of today's configuration
+    rows = [line for line in tables(report, results).splitlines() if line.startswith("|")]
     assert len(rows) > 10
     shown = [cells(line) for line in text.splitlines() if line.startswith("|")]
-    assert [row for row in rows if not {*map(tuple, shown)} & {*versions(cells(row))}] == []
-    assert len({run["run"]["git"]["nonlocal_det"]["commit"] for run in report["runs"]}) == 1
-
-
-def versions(row: list[str]) -> list[tuple[str, ...]]:
-    """A row of a table, and as it was before the tables had AP75 and the share that learned."""
-    return [tuple(row), (*row[:5], *row[8:])] if len(row) == 9 else [tuple(row)]
+    assert [row for row in rows if cells(row) not in shown] == []

@@ -1,8 +1,9 @@
-"""The images to match: each kind of outline has its own lamp, or none.
+"""The images to match: each tone has its own lamp, or none.
 
 Mutations tried by hand; each makes at least one test here fail: the color of any lamp as the
-category; shapes that are drawn again when colors are given; a halo from the center of a lamp; a
-lamp for every kind; a cue at the center of the circle around a lamp; lamps that keep no distance.
+category; shapes that are drawn again when colors are given; a lamp for every tone; a core of the
+color of another lamp; a core up to the edge; shapes of all four tones in an image; lamps that keep
+no distance; lamps and shapes of one tone as one class of tones_long.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import pytest
 
 from nonlocal_det.data import LAMP_COLORS, Instance, Scene, image_rng, render_scene, write_dataset
 from nonlocal_det.data.builtin import DATASETS
-from nonlocal_det.data.lamps.raster import signed_distance
+from nonlocal_det.data.lamps.paint import TONES
 
 PARAMS = DATASETS["matches_long"].params
+BY_TONE = DATASETS["tones_long"].params
 UNLIT = 3  # a color, too
-# The polygon of a disk has 40 corners; that of a triangle and a square, five for each rounded one.
-OUTLINE_OF = {40: 0, 15: 1, 20: 2}
+NUM_TONES = len(TONES)
 
 
 def scenes(count: int, **kwargs) -> Iterator[Scene]:
@@ -42,35 +43,65 @@ def pixel_centers(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def test_an_object_has_the_color_of_the_lamp_with_its_outline() -> None:
+def painted_tone(scene: Scene, x: float, y: float) -> int:
+    """The tone of a pixel, which it shows to within rounding."""
+    contrast = np.abs(scene.image[int(y), int(x)] - np.array(tuple(TONES.values()))).max(axis=1)
+    assert contrast.min() <= 1
+    return int(contrast.argmin())
+
+
+def tone_of_shape(scene: Scene, shape: Instance) -> int:
+    y, x = np.argwhere(shape.mask).mean(axis=0)  # all outlines hold their centroid
+    return painted_tone(scene, x, y)
+
+
+def test_the_local_classes_of_the_same_images() -> None:
+    names = BY_TONE.categories
+    for index, scene in enumerate(scenes(30)):
+        local = render_scene(image_rng(0, "test", index), BY_TONE)
+        np.testing.assert_array_equal(local.image, scene.image)
+        shapes, lamps = split(local)
+        for shape in shapes:
+            assert names[shape.category] == tuple(TONES)[tone_of_shape(local, shape)]
+        for instance, lamp in zip(lamps, local.lamps):
+            tone = tuple(TONES)[painted_tone(local, *lamp.center)]
+            assert names[instance.category] == f"{tuple(LAMP_COLORS)[lamp.color]} {tone}"
+        for a, b in zip(local.instances, scene.instances):
+            np.testing.assert_array_equal(a.polygon, b.polygon)
+            assert a.cue == b.cue
+
+
+def test_an_object_has_the_color_of_the_lamp_with_its_tone() -> None:
     for scene in scenes(60):
         assert scene.image.shape == (64, 512, 3)
-        color_of = {OUTLINE_OF[len(lamp.polygon)]: lamp.color for lamp in scene.lamps}
+        color_of = {painted_tone(scene, *lamp.center): lamp.color for lamp in scene.lamps}
+        cue_of = {painted_tone(scene, *lamp.center): lamp.center for lamp in scene.lamps}
         assert len(color_of) == len({*color_of.values()}) == len(scene.lamps)
         shapes, lamps = split(scene)
-        assert 4 <= len(shapes) <= 6
-        for shape in shapes:
-            outline = OUTLINE_OF[len(shape.polygon)]
-            assert divmod(shape.category, 3) == (color_of.get(outline, UNLIT), outline)
-            assert (shape.cue is None) == (outline not in color_of)
+        assert 8 <= len(shapes) <= 10
+        tones = [tone_of_shape(scene, shape) for shape in shapes]
+        assert len({*tones} | {*color_of}) <= 3
+        for shape, tone in zip(shapes, tones):
+            assert shape.category == color_of.get(tone, UNLIT)
+            assert shape.cue == cue_of.get(tone)
         for instance, lamp in zip(lamps, scene.lamps):
-            assert divmod(instance.category, 3) == (lamp.color, OUTLINE_OF[len(lamp.polygon)])
-            assert instance.polygon is lamp.polygon
+            assert instance.category == lamp.color
+            np.testing.assert_array_equal(instance.polygon, lamp.polygon)
+            assert instance.cue == lamp.center
 
 
 def test_every_class_number_of_lamps_and_pair_occurs() -> None:
-    """Expected of 300 images: 4.7 without a lamp, and 125 shapes of each class."""
-    categories, lamps, pairs = np.zeros(12), np.zeros(4), np.zeros((3, 3))
+    """Expected of 300 images: 4.7 without a lamp, 56 of each pair, 675 shapes of each class."""
+    categories, lamps, pairs = np.zeros(4), np.zeros(4), np.zeros((NUM_TONES, 3))
     for scene in scenes(300):
         lamps[len(scene.lamps)] += 1
         for lamp in scene.lamps:
-            pairs[lamp.outline, lamp.color] += 1
+            pairs[lamp.tone, lamp.color] += 1
         for shape in split(scene)[0]:
             categories[shape.category] += 1
     assert lamps.min() > 0
-    # Each of the nine pairs is in a quarter of the images.
-    assert 50 < pairs.min() <= pairs.max() < 100
-    assert 0.06 < (categories / categories.sum()).min()
+    assert 30 < pairs.min() <= pairs.max() < 85
+    assert 0.2 < (categories / categories.sum()).min()
 
 
 @pytest.mark.parametrize("index", range(10))
@@ -91,27 +122,30 @@ def test_colors_change_lamps_and_classes_alone(index: int) -> None:
             np.testing.assert_array_equal(a.polygon, b.polygon)
             assert a.cue == b.cue
             # The first order is 0, 1, 2: a color's place in it is the color.
-            color, outline = divmod(a.category, 3)
-            assert b.category == 3 * (*order, UNLIT)[color] + outline
+            assert b.category == (*order, UNLIT)[a.category]
         for shape in split(first)[0]:
             assert far[shape.mask].all()
         for a, b in zip(first.lamps, other.lamps):
-            inside = signed_distance(x, y, a.polygon) < -1
-            changed = (first.image[inside] != other.image[inside]).any(axis=-1)
+            distance = np.hypot(x - a.center[0], y - a.center[1])
+            rim = (distance < a.radius - 1) & (distance > 0.7 * a.radius + 1)
+            changed = (first.image[rim] != other.image[rim]).any(axis=-1)
             assert changed.all() == changed.any() == (a.color != b.color)
 
 
-def test_a_lamp_shows_its_outline_and_its_color() -> None:
+def test_a_lamp_shows_its_tone_and_its_color() -> None:
     """Its rim has the pure color; from its edge on, the glow fades, and ends before its reach."""
     for scene in scenes(20):
         x, y = pixel_centers(scene.image)
         for lamp in scene.lamps:
-            pure = np.array(tuple(LAMP_COLORS.values())[lamp.color])
-            distance = signed_distance(x, y, lamp.polygon)
-            contrast = np.abs(scene.image - pure).max(axis=-1)
-            rim = (distance < -0.5) & (distance > -0.2 * lamp.radius)
-            assert rim.any() and contrast[rim].max() <= 1
-            assert contrast[(distance > 1) & (distance < 4)].min() > 20
+            color = np.array(tuple(LAMP_COLORS.values())[lamp.color])
+            tone = np.array(tuple(TONES.values())[lamp.tone])
+            distance = np.hypot(x - lamp.center[0], y - lamp.center[1])
+            core = distance < 0.7 * lamp.radius - 0.8
+            assert np.abs(scene.image[core] - tone).max() <= 1
+            rim = (distance > 0.7 * lamp.radius + 0.8) & (distance < lamp.radius - 0.8)
+            assert rim.any() and np.abs(scene.image[rim] - color).max() <= 1
+            glow = (distance > lamp.radius + 1) & (distance < lamp.radius + 4)
+            assert np.abs(scene.image[glow] - color).max(axis=-1).min() > 20
 
 
 def test_lamps_keep_their_distance() -> None:
@@ -123,13 +157,15 @@ def test_lamps_keep_their_distance() -> None:
         assert np.sum(masks, axis=0).max() == 1
 
 
-@pytest.mark.parametrize("decided_by", ["match", "lamp", "outline"])
+@pytest.mark.parametrize("decided_by", ["match", "tone", "lamp", "outline"])
 def test_narrower_images_have_room_too(decided_by: str) -> None:
-    narrow = dataclasses.replace(PARAMS, width=(320, 320), num_shapes=(3, 4), decided_by=decided_by)
+    narrow = dataclasses.replace(
+        PARAMS, width=(320, 320), num_shapes=(6, 7), shape_size=(20.0, 26.0), decided_by=decided_by
+    )
     for index in range(60):
         scene = render_scene(image_rng(0, "test", index), narrow)
         assert scene.image.shape == (64, 320, 3)
-        assert 3 <= len(split(scene)[0]) <= 4
+        assert 6 <= len(split(scene)[0]) <= 7
 
 
 @pytest.mark.parametrize("colors", [(0, 1), (0, 1, 1), (0, 1, 3), (0, 1, 2, 0), ()])
@@ -142,8 +178,7 @@ def test_annotations_locate_the_lamp_of_each_object(tmp_path: Path) -> None:
     write_dataset(str(tmp_path), "val", 20, params=PARAMS)
     content = json.loads((tmp_path / "annotations" / "instances_val.json").read_text())
     names = [c["name"] for c in content["categories"]]
-    assert names[:4] == ["amber disk", "amber triangle", "amber square", "teal disk"]
-    assert names[-1] == "unlit square" and len(names) == 12
+    assert names == ["amber", "teal", "violet", "unlit"]
     objects = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         objects[annotation["image_id"]].append(annotation)

@@ -112,7 +112,7 @@ COMMANDS = {
     "ablate": (
         ablate,
         ["--suite", "suite.yaml", "--output", "."],
-        ["results.json", "tables.md", "distance.png"],
+        ["report.json", "tables.md", "distance.png"],
     ),
 }
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from nonlocal_det.ablation.results import read_results
 from nonlocal_det.ablation.small_network import (
     STRIDE,
     TASKS,
@@ -22,7 +23,7 @@ from nonlocal_det.ablation.small_network import (
     make_examples,
     train,
 )
-from nonlocal_det.ablation.small_suite import read_results, read_small_suite
+from nonlocal_det.ablation.small_suite import KEYS, read_small_suite
 from nonlocal_det.cli import ablate_small
 from nonlocal_det.modeling.block_factory import build_block
 
@@ -105,7 +106,7 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch, capsys):
     assert sorted(calls[4:]) == sorted(
         [("far", "dot", 1), ("far", "dot", 2), ("far", "none", 3), ("far", "dot", 3)]
     )
-    assert len(read_results(str(results))) == 8
+    assert len(read_results(str(results), KEYS)) == 8
     said = capsys.readouterr().out
     assert "| none | 50.0 | 50.0 | 0 of 3 |" in said
 
@@ -113,13 +114,13 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch, capsys):
 def test_the_shipped_suite_can_be_built():
     suite = read_small_suite("ablation/small_network")
     assert len(suite.runs()) == len(suite.tasks) * len(suite.seeds) * len(suite.variants)
-    assert len(suite.seeds) >= 8 and set(suite.tasks) == set(TASKS)
+    assert len(suite.seeds) >= 8 and set(suite.tasks) < set(TASKS)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tasks": ["near"]}, "'near'; it must be one of 'match', 'far', 'local'"),
+        ({"tasks": ["near"]}, "'near'; it must be one of 'match', 'far', 'local', 'tones'"),
         ({"variants": {"a": {"SCALEE": True}}}, "The variant 'a' of .*SCALEE"),
         ({"variants": {"a": {"PAIRWISE": "dot_product", "SCALE": True}}}, "scale is for the softm"),
         ({"seeds": []}, r"'seeds' of .* is \[\]; it must be a list of at least one"),
@@ -142,4 +143,4 @@ def test_a_line_that_is_no_result_is_named(tmp_path):
     for line in ("nothing", "[]", json.dumps({"task": "far"})):
         file.write_text(f"{json.dumps(whole)}\n{line}\n")
         with pytest.raises(ValueError, match=r"Line 2 of .*s.jsonl' is not the result of a run"):
-            read_results(str(file))
+            read_results(str(file), KEYS)

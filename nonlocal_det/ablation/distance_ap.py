@@ -1,9 +1,10 @@
-"""Box AP as a function of the distance between an object and the cue that decides its class.
+"""Box AP by the distance of an object from the cue that decides its class, and whatever the class.
 
-COCO's evaluation by size, with the distance in place of the area: an object outside a range is
-ignored, and so is a detection that matches it. A detection's distance is that of its own box, so
-that a false positive counts where it lies. With several cues in an image, it is the distance to the
-cue of the object that the detection overlaps most, of whichever class, or else to the nearest cue.
+By distance, this is COCO's evaluation by size, with the distance in place of the area: an object
+outside a range is ignored, and so is a detection that matches it. A detection's distance is that of
+its own box, so that a false positive counts where it lies. With several cues in an image, it is the
+distance to the cue of the object that the detection overlaps most, of whichever class, or else to
+the nearest cue.
 
 What has no cue is in no range: an object that no cue decides, a detection that overlaps it most,
 and everything in an image without cues.
@@ -44,10 +45,9 @@ def ap_by_distance(
         ValueError: If an image has neither ``cue_xy`` nor ``cues``.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(json_file)
+        truth, found = _load(json_file, detections)
         if any(image.get("cues", image.get("cue_xy")) is None for image in truth.imgs.values()):
             raise ValueError(f"The images of {json_file!r} have no 'cue_xy', so no distance.")
-        found = truth.loadRes([dict(d) for d in detections]) if detections else COCO()
         for image in truth.imgs.values():
             _set_distances(image, truth.imgToAnns[image["id"]], found.imgToAnns[image["id"]])
         evaluation = COCOeval(truth, found, "bbox")
@@ -70,6 +70,29 @@ def ap_by_distance(
         }
         for i, (low, high) in enumerate(zip(edges, edges[1:]))
     ]
+
+
+def class_agnostic_ap(json_file: str, detections: list[dict[str, Any]]) -> float:
+    """Compute COCO's AP of boxes whatever their class, in percent.
+
+    What it has above the AP is lost to wrong classes alone.
+
+    Args:
+        json_file: Ground truth in COCO's format.
+        detections: Detections in COCO's results format.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(*_load(json_file, detections), "bbox")
+        evaluation.params.useCats = 0
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return _mean(evaluation.eval["precision"][..., -1])
+
+
+def _load(json_file: str, detections: list[dict[str, Any]]) -> tuple[COCO, COCO]:
+    truth = COCO(json_file)
+    return truth, truth.loadRes([dict(d) for d in detections]) if detections else COCO()
 
 
 def _set_distances(

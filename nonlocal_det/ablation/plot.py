@@ -8,17 +8,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .statistics import values_by_seed, variants
+from .statistics import Results, values_by_seed, variants
 
 
-def distance_plot(report: Mapping[str, Any]) -> Figure:
+def distance_plot(report: Mapping[str, Any], results: Results) -> Figure:
     """Plot one panel per task with one line per variant, through the mean AP at each range.
 
     Args:
-        report: Content of results.json of a suite with distances. Each seed is a dot. The dashed
-            line is the limit of the baseline's receptive field.
+        report: Content of report.json of a suite with distances. The dashed line is the limit of
+            the baseline's receptive field.
+        results: Results of the suite's runs. Each seed is a dot.
     """
-    results = report["runs"]
     tasks = list(dict.fromkeys(run["task"] for run in results))
     ranges = results[0]["by_distance"]
     middles = [(r["low"] + r["high"]) / 2 for r in ranges]

@@ -13,37 +13,36 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Optional
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
-from ..config import differing_settings, load_config
+from ..config import differing_settings, load_config, settings_digest
 from ..engine import check_dataset_registered
 from ..engine.run_info import read_run_info
 from ..modeling.supported_positions import check_positions
 from ..utils.file_io import atomic_write
-from .distance_ap import ap_by_distance
+from .evaluate import evaluate_run
+from .results import Result
 from .suite import Run, Suite
 
 RESULT = "result.json"
 LOG = "output.txt"
 PROMPT = b"$ "  # begins the log of a run
+# Keys of a result.
+KEYS = ("task", "variant", "seed", "settings", "metrics", "learned_at", "run")
 TRAIN_COMMAND = (sys.executable, "-m", "nonlocal_det", "train")
 
 
-def check_suite(suite: Suite, output: str) -> str:
+def check_runs(suite: Suite, runs: Sequence[Run], output: str) -> None:
     """Check, before anything is trained, that each run can start, or resume.
 
     Args:
-        suite: Suite to train.
+        suite: Suite of the runs.
+        runs: Runs to train.
         output: Folder below which each run has its own.
-
-    Returns:
-        The device that the suite trains on.
 
     Raises:
         ValueError: If a key, value or position does not exist, or if the folder of a run has one of
@@ -51,13 +50,12 @@ def check_suite(suite: Suite, output: str) -> str:
         FileExistsError: If the folder of a run has other files.
         FileNotFoundError: If a dataset is missing.
     """
-    for run in suite.runs():
-        cfg = load_config(suite.config, run.options)
+    for run in (*_pretrainings(suite, runs), *runs):
+        cfg = load_config(suite.config, _resolved(suite, run, output))
         check_positions(cfg)
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             check_dataset_registered(name)
         check_same_run(os.path.join(output, run.folder), cfg)
-    return cfg.MODEL.DEVICE
 
 
 def check_same_run(folder: str, cfg: CfgNode) -> None:
@@ -99,20 +97,66 @@ def _is_just_begun(folder: str) -> bool:
     return not names
 
 
-def train_all(suite: Suite, output: str, *, jobs: int, threads: int) -> Iterator[dict[str, Any]]:
-    """Train and evaluate the unfinished runs; yield the result of each run once it has one.
+def missing_runs(suite: Suite, results: Iterable[Result]) -> list[Run]:
+    """The runs of a suite that have no result yet.
+
+    Raises:
+        ValueError: If one of them has a result of another configuration.
+    """
+    found = {(r["task"], r["variant"], r["seed"]): r["settings"] for r in results}
+    missing = []
+    for run in suite.runs():
+        settings = found.get((run.task, run.variant, run.seed))
+        if settings is None:
+            missing.append(run)
+        elif settings != _digest(suite, run):
+            raise ValueError(
+                f"The results have a run of {run.task!r}, {run.variant!r}, seed {run.seed}, of "
+                f"another configuration. Take it out, or choose another --results."
+            )
+    return missing
+
+
+def _digest(suite: Suite, run: Run) -> str:
+    """Digest of a run's settings and of those of its pretraining."""
+    digest, start = settings_digest(load_config(suite.config, run.options)), suite.start_of(run)
+    return digest if start is None else f"{digest} from {_digest(suite, start)}"
+
+
+def _pretrainings(suite: Suite, runs: Iterable[Run]) -> list[Run]:
+    """The pretrainings that runs start from, each once."""
+    starts = map(suite.start_of, runs)
+    return list({start.folder: start for start in starts if start is not None}.values())
+
+
+def _resolved(suite: Suite, run: Run, output: str) -> list[str]:
+    """The options of a run, with the path of the weights that it starts from."""
+    start = suite.start_of(run)
+    if start is None:
+        return [*run.options]
+    return [*run.options, "MODEL.WEIGHTS", os.path.join(output, start.folder, "model_final.pth")]
+
+
+def train_all(
+    suite: Suite, runs: Sequence[Run], output: str, *, jobs: int, threads: int, reach: float
+) -> Iterator[Result]:
+    """Train and evaluate runs, the pretrainings first; yield the result of each once it has one.
 
     Args:
-        suite: Suite to train.
+        suite: Suite of the runs.
+        runs: Runs to train, unless their folders have results.
         output: Folder below which each run has its own.
         jobs: Number of parallel trainings.
         threads: Number of CPU threads of each training.
+        reach: Distance from which on a cue is outside the baseline's receptive field.
 
     Raises:
         RuntimeError: If a run fails, with the file of its output; running ones are waited for.
     """
+    for start in _pretrainings(suite, runs):
+        train(suite, start, output, threads, reach)
     with ThreadPoolExecutor(jobs) as pool:
-        pending = [pool.submit(train, suite, run, output, threads) for run in suite.runs()]
+        pending = [pool.submit(train, suite, run, output, threads, reach) for run in runs]
         try:
             for done in as_completed(pending):
                 yield done.result()
@@ -120,7 +164,7 @@ def train_all(suite: Suite, output: str, *, jobs: int, threads: int) -> Iterator
             pool.shutdown(cancel_futures=True)
 
 
-def train(suite: Suite, run: Run, output: str, threads: int) -> dict[str, Any]:
+def train(suite: Suite, run: Run, output: str, threads: int, reach: float) -> Result:
     """Return the result of one run, which is trained if it has none yet.
 
     Raises:
@@ -129,13 +173,15 @@ def train(suite: Suite, run: Run, output: str, threads: int) -> dict[str, Any]:
         RuntimeError: If the training fails.
     """
     folder = os.path.join(output, run.folder)
-    check_same_run(folder, load_config(suite.config, run.options))
+    options = _resolved(suite, run, output)
+    cfg = load_config(suite.config, options)
+    check_same_run(folder, cfg)
     result = read_result(folder)
     if result is not None:
         return result
     os.makedirs(folder, exist_ok=True)
     start = time.perf_counter()
-    command = [*TRAIN_COMMAND, "--config-file", suite.config, "--resume", *run.options]
+    command = [*TRAIN_COMMAND, "--config-file", suite.config, "--resume", *options]
     command += ["OUTPUT_DIR", folder]
     with open(os.path.join(folder, LOG), "ab") as log:
         log.write(PROMPT + shlex.join(command).encode() + b"\n")
@@ -152,8 +198,9 @@ def train(suite: Suite, run: Run, output: str, threads: int) -> dict[str, Any]:
         "task": run.task,
         "variant": run.variant,
         "seed": run.seed,
+        "settings": _digest(suite, run),
         "seconds": round(time.perf_counter() - start, 1),
-        "metrics": last_metrics(folder),
+        **evaluate_run(folder, cfg.DATASETS.TEST[0], suite.distances, reach),
         "run": anonymized(read_run_info(folder)[-1]),
     }
     with atomic_write(os.path.join(folder, RESULT)) as file:
@@ -171,28 +218,7 @@ def anonymized(start: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "command": shlex.join(["python", *command]), "machine": machine}
 
 
-def last_metrics(folder: str) -> dict[str, float]:
-    """AP, AP50 and AP75 of each task at the end of a run, by their names in metrics.json."""
-    with open(os.path.join(folder, "metrics.json"), encoding="utf-8") as file:
-        last = json.loads(file.readlines()[-1])
-    return {key: value for key, value in last.items() if key.endswith(("/AP", "/AP50", "/AP75"))}
-
-
-def evaluate_by_distance(suite: Suite, run: Run, output: str, reach: float) -> dict[str, Any]:
-    """Evaluate a finished run at the suite's ranges of distances and beyond ``reach`` pixels."""
-    folder = os.path.join(output, run.folder, "inference")
-    with open(os.path.join(folder, "coco_instances_results.json"), encoding="utf-8") as file:
-        detections = json.load(file)
-    dataset = load_config(suite.config, run.options).DATASETS.TEST[0]
-    json_file = PathManager.get_local_path(MetadataCatalog.get(dataset).json_file)
-    (beyond,) = ap_by_distance(json_file, detections, (reach, suite.distances[-1]))
-    return {
-        "by_distance": ap_by_distance(json_file, detections, suite.distances),
-        "beyond_reach": beyond,
-    }
-
-
-def read_result(folder: str) -> Optional[dict[str, Any]]:
+def read_result(folder: str) -> Optional[Result]:
     """The result of a finished run, or None."""
     try:
         with open(os.path.join(folder, RESULT), encoding="utf-8") as file:

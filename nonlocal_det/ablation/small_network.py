@@ -6,11 +6,14 @@ so that a setting can be tried with many seeds before a detector is trained with
 
 Tasks, on images of 64 x 320 pixels from `nonlocal_det.data.lamps`, where a shape's class is
 
-- match: its outline and the color of the lamp of the same outline, if there is one;
+- match: the color of the lamp whose core has the tone of the shape, or none;
 - far: the color of the image's only lamp;
 - local: its outline.
 
-Lamps are objects of these classes, too, but no accuracy counts them: they need no block.
+Lamps are objects of these classes, too, but no accuracy counts them: they need no block. The
+convolutions before the block learn with it, from scratch in the tasks far and local. In the task
+match they start from those of a network without a block that tells the tones, as a detector starts
+from pretrained weights: from scratch, few networks find out in so short a training what to match.
 """
 
 from __future__ import annotations
@@ -47,11 +50,14 @@ _IMAGES = replace(
     lamp_size=(22.0, 26.0),
     halo=1.8,
 )
+_MATCHES = replace(_IMAGES, decided_by="match", num_shapes=(6, 7), shape_size=(20.0, 26.0))
 TASKS = {
-    "match": replace(_IMAGES, decided_by="match"),
+    "match": _MATCHES,
     "far": _IMAGES,
     "local": replace(_IMAGES, decided_by="outline"),
+    "tones": replace(_MATCHES, decided_by="tone"),
 }
+PRETRAINING = {"match": "tones"}  # the task of the network whose first convolutions it starts with
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,9 @@ def train(
     Args:
         task: Name of a task, one of ``TASKS``.
         settings: Settings of the block, keys of ``MODEL.NONLOCAL`` in lower case; None for none.
-        seed: Random seed of the weights and of the order of the images.
-        steps: Number of optimizer steps: AdamW, one cycle, gradients clipped to 0.5.
+        seed: Random seed of the weights and of the order of the images; not of the pretraining.
+        steps: Number of optimizer steps: AdamW, one cycle, gradients clipped to 0.5. Half as many
+            come before, if the task has a pretraining.
         images: Number of training images.
         rate: Highest learning rate.
 
@@ -159,18 +166,45 @@ def train(
         a uniform map at each hundredth step, if the block has a softmax; and ``seconds``.
     """
     start = time.perf_counter()
-    examples = make_examples(task, "train", images)
     torch.manual_seed(seed)
     block = None if settings is None else build_block(WIDTH, **settings)
     network = SmallNetwork(len(TASKS[task].categories), block)
+    if task in PRETRAINING:
+        before = _pretrained(PRETRAINING[task], images, steps // 2, rate)
+        network.features.load_state_dict(before.features.state_dict())
+        torch.manual_seed(seed)
+    learned_at, entropy = _fit(network, make_examples(task, "train", images), steps, rate)
+    return {
+        "accuracy": round(_evaluate(network, make_examples(task, "val", 300)), 4),
+        "learned_at": learned_at,
+        "entropy": entropy,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+@cache
+def _pretrained(task: str, images: int, steps: int, rate: float) -> SmallNetwork:
+    """A network without a block that has learned a task."""
+    torch.manual_seed(0)
+    network = SmallNetwork(len(TASKS[task].categories), None)
+    _fit(network, make_examples(task, "train", images), steps, rate)
+    return network
+
+
+def _fit(
+    network: SmallNetwork, examples: Examples, steps: int, rate: float
+) -> tuple[Optional[int], dict[str, float]]:
+    """Train a network; return when it had learned, and the entropy at each hundredth step."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     recent: list[float] = []
     learned_at, entropy = None, {}
     for step in range(steps):
-        batch = examples.batch(torch.randint(images, (BATCH,)).unique())
+        batch = examples.batch(torch.randint(len(examples.images), (BATCH,)).unique())
         if step % 100 == 0:
-            entropy[step] = _entropy(network, batch.images)
+            value = _entropy(network, batch.images)
+            if value is not None:
+                entropy[str(step)] = round(value, 4)
         logits = network(batch.images, batch.cells)
         optimizer.zero_grad()
         F.cross_entropy(logits, batch.classes).backward()
@@ -180,14 +214,7 @@ def train(
         recent = [*recent[-9:], _accuracy(logits, batch)]
         if learned_at is None and len(recent) == 10 and sum(recent) / 10 >= LEARNED:
             learned_at = step + 1
-    return {
-        "accuracy": round(_evaluate(network, make_examples(task, "val", 300)), 4),
-        "learned_at": learned_at,
-        "entropy": {
-            str(step): round(value, 4) for step, value in entropy.items() if value == value
-        },
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    return learned_at, entropy
 
 
 @torch.no_grad()
@@ -204,11 +231,11 @@ def _accuracy(logits: Tensor, batch: Examples) -> float:
 
 
 @torch.no_grad()
-def _entropy(network: SmallNetwork, images: Tensor) -> float:
-    """Mean relative entropy of the attention maps of the first image; NaN without a softmax."""
+def _entropy(network: SmallNetwork, images: Tensor) -> Optional[float]:
+    """Mean relative entropy of the first image's attention maps; None without a softmax."""
     block = network.block
     if not isinstance(block, NonLocalBlock) or "gaussian" not in block.pairwise:
-        return float("nan")
+        return None
     features = network.features(images)[:1]  # with the statistics of the batch, as in training
     weights = block.attention_weights(features, torch.arange(features[0, 0].numel()))
     return relative_entropy(weights[0].flatten(1).numpy())

@@ -11,8 +11,6 @@ Results are lines of JSON, each a `Run` with what `small_network.train` returns 
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,13 +20,13 @@ import yaml
 
 from ..modeling.block_factory import build_block
 from ..utils.config_files import find_config_file
-from ..utils.file_io import atomic_write
 from ..utils.validation import check_choice
+from .results import Result
 from .small_network import TASKS, WIDTH
 from .statistics import markdown
 
-Result = dict[str, Any]
-_KEYS = {"task", "variant", "settings", "seed", "accuracy", "learned_at", "entropy"}
+# Keys of a result.
+KEYS = ("task", "variant", "settings", "seed", "accuracy", "learned_at", "entropy")
 
 
 @dataclass(frozen=True)
@@ -101,33 +99,6 @@ def read_small_suite(file: str) -> SmallSuite:
         except (TypeError, ValueError) as error:
             raise ValueError(f"The variant {name!r} of {file!r}: {error}") from error
     return SmallSuite(tuple(content["tasks"]), content["variants"], tuple(content["seeds"]))
-
-
-def read_results(file: str) -> list[Result]:
-    """Read the results of finished runs, one in each line.
-
-    Raises:
-        ValueError: If a line is no result.
-    """
-    if not os.path.exists(file):
-        return []
-    results = []
-    with open(file, encoding="utf-8") as opened:
-        for number, line in enumerate(opened, start=1):
-            try:
-                results.append(json.loads(line))
-                complete = _KEYS <= results[-1].keys()
-            except (ValueError, AttributeError):
-                complete = False
-            if not complete:
-                raise ValueError(f"Line {number} of {file!r} is not the result of a run.")
-    return results
-
-
-def write_results(file: str, results: Iterable[Result]) -> None:
-    """Write results for `read_results`, all or nothing."""
-    with atomic_write(file) as opened:
-        opened.writelines(json.dumps(result) + "\n" for result in results)
 
 
 def tables(suite: SmallSuite, results: Iterable[Result]) -> str:

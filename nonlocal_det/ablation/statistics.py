@@ -14,7 +14,7 @@ from scipy.stats import t as student_t
 
 Results = Sequence[Mapping[str, Any]]
 
-LEARNED = 95  # AP50 in percent from which on a run has learned its task
+LEARNED = 95  # AP50 in percent from which on a run can have learned its task
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,20 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     return Difference(mean, mean - half, mean + half)
 
 
-def tables(report: Mapping[str, Any]) -> str:
-    """All tables of a report, the content of results.json, in Markdown."""
-    results, baseline = report["runs"], report["baseline"]
+def tables(report: Mapping[str, Any], results: Results) -> str:
+    """All tables of a suite in Markdown.
+
+    Args:
+        report: Content of report.json.
+        results: Results of the suite's runs, not necessarily of all.
+    """
+    baseline = report["baseline"]
     parts = []
     for task in dict.fromkeys(run["task"] for run in results):
-        parts.append(f"Task: {task}\n\n" + overall_table(results, task, baseline))
+        of_task = [run for run in results if run["task"] == task]
+        parts.append(f"Task: {task}\n\n" + overall_table(of_task, task, baseline))
         if "reach" in report:
-            parts.append(distance_table(results, task, baseline, report["reach"]))
+            parts.append(distance_table(of_task, task, baseline, report["reach"]))
     return "\n".join([*parts, cost_table(report["costs"], baseline)])
 
 
@@ -75,25 +81,31 @@ def values_by_seed(results: Results, task: str, variant: str, *keys: Any) -> dic
 
 
 def overall_table(results: Results, task: str, baseline: str) -> str:
-    """One row per variant: means and standard deviations of APs, and the paired differences.
+    """One row per variant: means and standard deviations of APs, paired differences, and learning.
 
-    Beside them is the share of the seeds that learned the task, with an AP50 of `LEARNED` or more:
-    where some do and others do not, a mean describes neither.
+    Where some seeds learn and others do not, a mean describes neither: so the number of those that
+    did is beside it (see `has_learned`), and the median iteration by which they had.
     """
-    metrics = ("AP", "AP50", "AP75")
     rows = []
     for variant in variants(results):
+        runs = [run for run in results if run["variant"] == variant]
         row = [variant]
-        for metric in metrics:
-            values = values_by_seed(results, task, variant, "metrics", f"bbox/{metric}")
-            before = values_by_seed(results, task, baseline, "metrics", f"bbox/{metric}")
-            row.append(_spread(values))
-            row.append("" if variant == baseline else str(paired_difference(values, before)))
-        ap50 = values_by_seed(results, task, variant, "metrics", "bbox/AP50").values()
-        learned = sum(value >= LEARNED for value in ap50)
-        rows.append([*row, f"{learned / len(ap50):.0%}", str(len(ap50))])
-    head = [name for metric in metrics for name in (metric, "difference")]
-    return markdown(["variant", *head, "share of seeds that learned", "seeds"], rows)
+        for metric in ("AP", "AP75"):
+            column = "metrics", f"bbox/{metric}"
+            values = values_by_seed(results, task, variant, *column)
+            row += [_spread(values), _difference(results, task, variant, baseline, *column)]
+        for metric in ("AP50", "AP-any-class"):
+            row.append(_spread(values_by_seed(results, task, variant, "metrics", f"bbox/{metric}")))
+        learned = [run["learned_at"] for run in runs if has_learned(run)]
+        median = f"{statistics.median(learned):.0f}" if learned else ""
+        rows.append([*row, f"{len(learned)} of {len(runs)}", median])
+    head = ["variant", "AP", "difference", "AP75", "difference", "AP50", "AP, any class"]
+    return markdown([*head, "learned", "by iteration"], rows)
+
+
+def has_learned(run: Mapping[str, Any]) -> bool:
+    """Whether 95% of the objects were classified rightly in training, and AP50 is at least 95."""
+    return run["learned_at"] is not None and run["metrics"]["bbox/AP50"] >= LEARNED
 
 
 def cost_table(costs: Mapping[str, Mapping[str, float]], baseline: str) -> str:
@@ -120,9 +132,9 @@ def distance_table(results: Results, task: str, baseline: str, reach: float) -> 
         cells = []
         for column in columns:
             values = values_by_seed(results, task, variant, *column, "AP")
-            before = values_by_seed(results, task, baseline, *column, "AP")
-            difference = "" if variant == baseline else f" ({paired_difference(values, before)})"
-            cells.append(f"{statistics.fmean(values.values()):.1f}{difference}")
+            difference = _difference(results, task, variant, baseline, *column, "AP")
+            mean = f"{statistics.fmean(values.values()):.1f}"
+            cells.append(f"{mean} ({difference})" if difference else mean)
         rows.append([variant, *cells])
     names = [f"{r['low']:g} to {r['high']:g} px" for r in ranges] + [f"beyond {reach:.0f} px"]
     counts = [str(r["count"]) for r in (*ranges, first["beyond_reach"])]
@@ -138,6 +150,15 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; all columns except the first are right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _difference(results: Results, task: str, variant: str, baseline: str, *keys: Any) -> str:
+    """The paired difference of a metric; empty for the baseline, or without a common seed."""
+    values = values_by_seed(results, task, variant, *keys)
+    before = values_by_seed(results, task, baseline, *keys)
+    if variant == baseline or not values.keys() & before:
+        return ""
+    return str(paired_difference(values, before))
 
 
 def _spread(values: Mapping[int, float]) -> str:

@@ -8,6 +8,8 @@ tasks:                             # what each changes in the configuration
 variants:
   stock: {MODEL.NONLOCAL.POSITIONS: []}
   one block: {}
+pretraining:                       # optional: trainings, whose weights a task can start from as
+  detector: {SOLVER.MAX_ITER: 90}  # MODEL.WEIGHTS: detector
 distances: [0, 64, 128]            # optional: pixels; see `ap_by_distance`
 cue_radius: 42                     # optional: radius of a cue around its center, pixels
 """
@@ -16,8 +18,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
 import yaml
 
@@ -54,6 +56,7 @@ class Suite:
     variants: Mapping[str, Options]
     distances: tuple[float, ...] = ()
     cue_radius: float = 0
+    pretraining: Mapping[str, Options] = field(default_factory=dict)
 
     def runs(self) -> list[Run]:
         """All trainings, ordered by seed: those that are compared with each other run together."""
@@ -66,15 +69,26 @@ class Suite:
 
     def options(self, task: str, variant: str, seed: int) -> tuple[str, ...]:
         """``KEY VALUE`` pairs, as on the command line of ``nonlocal-det train``."""
-        chosen = {**self.tasks[task], **self.variants[variant], "SEED": seed}
-        return tuple(text for key, value in chosen.items() for text in (key, str(value)))
+        return _options({**self.tasks[task], **self.variants[variant], "SEED": seed})
+
+    def start_of(self, run: Run) -> Optional[Run]:
+        """The pretraining whose weights a run starts from, which has the suite's first seed."""
+        name = dict(zip(run.options[::2], run.options[1::2])).get("MODEL.WEIGHTS", "")
+        if name not in self.pretraining:
+            return None
+        seed = self.seeds[0]
+        return Run("pretraining", name, seed, _options({**self.pretraining[name], "SEED": seed}))
+
+
+def _options(chosen: Options) -> tuple[str, ...]:
+    return tuple(text for key, value in chosen.items() for text in (key, str(value)))
 
 
 def read_suite(file: str) -> Suite:
     """Read a suite's file.
 
     Args:
-        file: Path of a suite, or its name in the model zoo, such as "ablation/lamps_cpu".
+        file: Path of a suite, or its name in the model zoo, such as "ablation/lamps".
 
     Raises:
         FileNotFoundError: If the suite, or the configuration that it names, does not exist.
@@ -90,7 +104,7 @@ def read_suite(file: str) -> Suite:
     for name in content:
         check_choice(f"A part of the suite {file!r}", name, parts)
     for name in parts:
-        if name not in ("distances", "cue_radius") and not content.get(name):
+        if name not in ("distances", "cue_radius", "pretraining") and not content.get(name):
             raise ValueError(f"The suite {file!r} has no {name!r}.")
     check_choice(f"The baseline of {file!r}", content["baseline"], tuple(content["variants"]))
     config = os.path.join(os.path.dirname(file), content.pop("config"))
@@ -108,8 +122,8 @@ def _check_parts(file: str, content: Mapping[str, Any]) -> None:
     seeds = content["seeds"]
     if not isinstance(seeds, list) or not all(type(s) is int and s >= 0 for s in seeds):
         raise ValueError(f"The seeds of {file!r} are {seeds!r}; they must be a list of integers.")
-    for part in ("tasks", "variants"):
-        for name, options in content[part].items():
+    for part in ("tasks", "variants", "pretraining"):
+        for name, options in content.get(part, {}).items():
             if not isinstance(name, str) or "/" in name or name in (".", ".."):
                 raise ValueError(
                     f"{name!r} among the {part} of {file!r} cannot name a folder; use text "

@@ -1,10 +1,11 @@
 """Train variants of a detector with several seeds, and test their differences.
 
-    nonlocal-det ablate --suite ablation/lamps_cpu --output output/lamps_cpu
+    nonlocal-det ablate --suite ablation/lamps --output output/lamps
 
 Finished runs are kept, and an interrupted one resumes from its last checkpoint: the command may be
-stopped and started at any time. Runs of another configuration are refused. It writes results.json,
-tables.md and, if the suite has distances, distance.png.
+stopped and started at any time, and with the file of results also on another machine. Runs of
+another configuration are refused. In the end it writes report.json, tables.md and, if the suite has
+distances, distance.png.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Optional
 
-from ..ablation.report import FILES, make_report, write_report
-from ..ablation.runs import check_suite, train_all
+from ..ablation.report import FILES, baseline_reach, make_report, write_report
+from ..ablation.results import Result, read_results, write_results
+from ..ablation.runs import KEYS, check_runs, missing_runs, train_all
 from ..ablation.statistics import tables
-from ..ablation.suite import read_suite
+from ..ablation.suite import Run, Suite, read_suite
+from ..config import load_config
 from ..errors import exit_on_error
 from ..utils.file_io import ensure_writable_dir
 from ..utils.outputs import CommandOutputs
@@ -34,9 +37,15 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--suite",
         required=True,
         metavar="FILE",
-        help="YAML file of the suite; a path, or a name of the model zoo, as ablation/lamps_cpu",
+        help="YAML file of the suite; a path, or a name of the model zoo, as ablation/lamps",
     )
     add("--output", metavar="DIR", help="output directory (default: output/ and the suite's name)")
+    add(
+        "--results",
+        metavar="FILE",
+        help="JSON lines, one per finished run (default: results.jsonl in the output directory)",
+    )
+    add("--report-only", action="store_true", help="train nothing, report what is finished")
     add(
         "--jobs",
         type=int,
@@ -50,6 +59,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
             parser.error(f"--{name} {value}: it must be at least 1.")
     suite_name = os.path.splitext(os.path.basename(args.suite))[0]
     args.output = args.output or os.path.join("output", suite_name)
+    args.results = args.results or os.path.join(args.output, "results.jsonl")
     return args
 
 
@@ -59,22 +69,42 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     outputs = CommandOutputs("ablate")
     with exit_on_error():
         suite = read_suite(args.suite)
+        results = read_results(args.results, KEYS)
+        missing = [] if args.report_only else missing_runs(suite, results)
         outputs.check(*(os.path.join(args.output, name) for name in FILES))
-        device = check_suite(suite, args.output)
-        ensure_writable_dir(args.output)
-    jobs = args.jobs or (1 if device == "cuda" else num_cores())
-    total = len(suite.runs())
-    print(f"{total} runs, {jobs} in parallel, below {args.output}", flush=True)
-    results = []
-    with exit_on_error(RuntimeError, ValueError, OSError):
-        for result in train_all(suite, args.output, jobs=jobs, threads=args.threads):
-            results.append(result)
-            print(f"{len(results):4} of {total}  {progress_line(result)}", flush=True)
-    report = make_report(suite, results, args.output)
+        check_runs(suite, missing, args.output)
+        for folder in (args.output, os.path.dirname(args.results) or "."):
+            ensure_writable_dir(folder)
+    reach = baseline_reach(suite)
+    results = _train(suite, missing, results, reach, args)
+    if not results:
+        raise SystemExit(f"There is nothing to report: {args.results!r} has no finished run.")
+    report = make_report(suite, reach)
     with exit_on_error(), outputs.drafts(args.output) as drafts:
-        write_report(report, drafts)
-    print(f"\n{tables(report)}\nWrote these tables to {os.path.join(args.output, 'tables.md')}.")
+        write_report(report, results, drafts)
+    text = tables(report, results)
+    print(f"\n{text}\nWrote these tables to {os.path.join(args.output, 'tables.md')}.")
     return 0
+
+
+def _train(
+    suite: Suite, missing: Sequence[Run], done: list[Result], reach: float, args: argparse.Namespace
+) -> list[Result]:
+    """Train the missing runs; return all results in the order of the suite, and keep their file."""
+    on_gpu = load_config(suite.config, suite.runs()[0].options).MODEL.DEVICE == "cuda"
+    jobs = args.jobs or (1 if on_gpu else num_cores())
+    print(f"{len(missing)} runs, {jobs} in parallel, below {args.output}", flush=True)
+    order = [(run.task, run.variant, run.seed) for run in suite.runs()]
+    results = done
+    with exit_on_error(RuntimeError, ValueError, OSError):
+        for number, result in enumerate(
+            train_all(suite, missing, args.output, jobs=jobs, threads=args.threads, reach=reach), 1
+        ):
+            results = [*results, result]
+            write_results(args.results, results)
+            print(f"{number:4} of {len(missing)}  {progress_line(result)}", flush=True)
+    of_suite = [r for r in results if (r["task"], r["variant"], r["seed"]) in order]
+    return sorted(of_suite, key=lambda r: order.index((r["task"], r["variant"], r["seed"])))
 
 
 def num_cores() -> int:
@@ -83,7 +113,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
-def progress_line(result: dict[str, Any]) -> str:
+def progress_line(result: Result) -> str:
     """Name, box AP and seconds of a finished run."""
     name = f"{result['task']}, {result['variant']}, seed {result['seed']}"
     return f"{name:<40} box AP {result['metrics']['bbox/AP']:5.1f}   {result['seconds']:.0f} s"

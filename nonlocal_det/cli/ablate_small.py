@@ -18,14 +18,9 @@ from typing import Any, Optional
 
 import torch
 
+from ..ablation.results import read_results, write_results
 from ..ablation.small_network import train
-from ..ablation.small_suite import (
-    Run,
-    read_results,
-    read_small_suite,
-    tables,
-    write_results,
-)
+from ..ablation.small_suite import KEYS, Run, read_small_suite, tables
 from ..errors import exit_on_error
 from ..utils.file_io import ensure_writable_dir
 from . import program_name
@@ -63,7 +58,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_args(argv)
     with exit_on_error():
         suite = read_small_suite(args.suite)
-        results = read_results(args.results)
+        results = read_results(args.results, KEYS)
         ensure_writable_dir(os.path.dirname(args.results) or ".", "--results")
     missing = suite.missing(results)
     print(f"{len(missing)} of {len(suite.runs())} runs to train", flush=True)

@@ -40,6 +40,14 @@ _LONG = LampsParams(
     gap=2.0,
     lamp_counts=True,
 )
+_MATCHES = replace(
+    _LONG,
+    decided_by="match",
+    num_shapes=(8, 10),
+    shape_size=(20.0, 28.0),
+    lamp_size=(22.0, 28.0),
+    halo=2.0,
+)
 DATASETS = {
     "lamps": LampsDataset(),
     "lamps_long": LampsDataset(_LONG, {"train": 1200, "val": 200}),
@@ -48,10 +56,9 @@ DATASETS = {
         replace(_LONG, decided_by="outline"), {"train": 1200, "val": 200}
     ),
     # Each shape has to find its own lamp: a summary of the image that all share is not enough.
-    "matches_long": LampsDataset(
-        replace(_LONG, decided_by="match", lamp_size=(22.0, 28.0), halo=2.0),
-        {"train": 1200, "val": 200},
-    ),
+    "matches_long": LampsDataset(_MATCHES, {"train": 1200, "val": 200}),
+    # The same images, with classes that depend on the objects themselves.
+    "tones_long": LampsDataset(replace(_MATCHES, decided_by="tone"), {"train": 1200, "val": 200}),
 }
 
 
@@ -92,10 +99,9 @@ def register_lamps(root: str | None = None) -> None:
         folder = os.path.join(root, dataset_name)
         PathManager.register_handler(_LampsHandler(folder, dataset), allow_override=True)
         metadata: dict[str, Any] = {"thing_classes": list(dataset.params.categories)}
-        if dataset.params.decided_by != "outline":
+        if dataset.params.decided_by in ("lamp", "match"):
             colors = {**LAMP_COLORS, "unlit": (160, 160, 160)}
-            names = dataset.params.categories
-            metadata["thing_colors"] = [colors[name.split()[0]] for name in names]
+            metadata["thing_colors"] = [colors[name] for name in dataset.params.categories]
         for split in dataset.splits:
             name = f"{dataset_name}_{split}"
             DatasetCatalog.pop(name, None)

@@ -6,11 +6,11 @@ all three lamps. So a detector can classify an object only from the lamp elsewhe
 which is what non-local blocks are for. As a control, the same images can be labeled by a local cue,
 the outline of each shape; then the lamp carries no information.
 
-One summary of the image, the same for all of its shapes, is enough there. Not so in the images to
-match: each has up to three lamps of different colors and outlines, and a shape's category is its
-outline and the color of the lamp of the same outline, or "unlit": "amber disk", "unlit square". The
-outline is local, and so is all of a lamp's own category: without them in the names, few networks
-find out in a short training that outlines are what to match.
+One summary of the image, the same for all of its shapes, is enough there. Hardly so in the images
+to match: the shapes of each have three of four tones, and most of these are the core of a lamp,
+too, each of another color. A shape's category is the color of the lamp whose core has its tone, or
+"unlit". The same images can be labeled by what is local in them: the tone of a shape, and the color
+and tone of a lamp.
 
 Shapes are polygons, rasterized by their exact signed distance, so that the annotated polygon and
 the painted edge agree to a fraction of a pixel. They overlap neither each other nor a lamp's
@@ -29,8 +29,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .paint import (
+    DISK,
     LAMP_COLORS,
     PASTELS,
+    TONES,
     Lamp,
     Shape,
     background,
@@ -44,20 +46,18 @@ from .raster import cross, pixel_centers, regular, rounded, signed_distance, sta
 # Shape symbols: H, W: height and width of the image in pixels. V: vertices of one polygon.
 
 # Change this whenever the same seed and parameters would give other images or annotations.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 
-_MATCHED = ("disk", "triangle", "square")  # the outlines of the images to match
 # The categories for each cue that can decide a shape's category.
 CATEGORIES = {
     "lamp": tuple(LAMP_COLORS),
     "outline": ("round", "pointed", "square"),
-    # By color, then by outline.
-    "match": tuple(
-        f"{color} {outline}" for color in (*LAMP_COLORS, "unlit") for outline in _MATCHED
-    ),
+    "match": (*LAMP_COLORS, "unlit"),
+    # Of lamps, by color, then by tone; of shapes.
+    "tone": (*(f"{color} {tone}" for color in LAMP_COLORS for tone in TONES), *TONES),
 }
 
-_MISSING = 0.25  # probability that a kind of outline has no lamp, in the images to match
+_MISSING = 0.25  # probability that a tone of an image has no lamp, in the images to match
 _Circle = tuple[float, float, float]  # x, y, radius
 
 
@@ -72,13 +72,13 @@ class LampsParams:
         width: Range of the width, if it differs from that of the height, or None.
         num_shapes: Range of the number of shapes, lamps not included.
         shape_size: Range of the diameter in pixels of the circle around a shape.
-        lamp_size: Range of the diameter in pixels of the circle around a lamp.
+        lamp_size: Range of the diameter of a lamp in pixels.
         halo: Radius of a lamp's glow, in radii of the lamp. No light passes beyond it.
         gap: Minimum free space in pixels around a shape.
         decided_by: What decides the category: "lamp" or "outline", for the same images with one
-            round lamp, or "match", for images with up to three lamps to match.
-        lamp_counts: Whether a lamp is an object too, with the category of its color or of its
-            outline; the images are the same.
+            lamp; "match" or "tone", for the same images with up to three lamps to match.
+        lamp_counts: Whether a lamp is an object too, with the category of its color, of its round
+            outline, or of its color and tone; the images are the same.
     """
 
     side: tuple[int, int] = (112, 160)
@@ -104,6 +104,11 @@ class LampsParams:
             raise ValueError(f"decided_by must be one of {tuple(CATEGORIES)}: {self.decided_by!r}")
 
     @property
+    def to_match(self) -> bool:
+        """Whether an image has up to three lamps to match."""
+        return self.decided_by in ("match", "tone")
+
+    @property
     def categories(self) -> tuple[str, ...]:
         """Names of the categories."""
         return CATEGORIES[self.decided_by]
@@ -117,7 +122,7 @@ class Instance:
         category: Index of the category.
         polygon: Outline (V, 2) as (x, y) in pixels.
         mask: Boolean mask (H, W).
-        cue: Center (x, y) of the box around its lamp; None if it has none.
+        cue: Center (x, y) of its lamp; None if it has none.
     """
 
     category: int
@@ -133,7 +138,7 @@ class Scene:
     Attributes:
         image: Image (H, W, 3), RGB uint8.
         instances: Its instances, whose masks are disjoint: the shapes; the lamps, if they count.
-        lamps: Its lamps; exactly one, unless the categories are decided by "match".
+        lamps: Its lamps; exactly one, unless they are to match.
     """
 
     image: np.ndarray
@@ -160,8 +165,10 @@ def render_image(
             the image would be one to match.
     """
     params = params or LampsParams()
-    if params.decided_by == "match":
-        raise ValueError("render_image is for one lamp; use render_scene for decided_by='match'.")
+    if params.to_match:
+        raise ValueError(
+            f"render_image is for one lamp; use render_scene for decided_by={params.decided_by!r}."
+        )
     if color is not None and color not in range(len(LAMP_COLORS)):
         raise ValueError(f"color must be an index into {tuple(LAMP_COLORS)} or None: {color}")
     scene = render_scene(rng, params, colors=None if color is None else (color,))
@@ -180,8 +187,8 @@ def render_scene(
         rng: Random number generator for everything that the parameters leave open.
         params: Parameters of the image; by default `LampsParams()`.
         colors: Different indices into `LAMP_COLORS`, the color of the one lamp or, to match, those
-            of the lamps of the three kinds of outline, used or not. None samples them. For the same
-            state of ``rng``, they change the pixels of the lamps and their halos only.
+            of the lamps for the three tones, used or not. None samples them. For the same state of
+            ``rng``, they change the pixels of the lamps and their halos only.
 
     Returns:
         The image, its instances and its lamps.
@@ -190,15 +197,17 @@ def render_scene(
         ValueError: If there are not as many different colors, or the shapes do not fit.
     """
     params = params or LampsParams()
-    to_match = params.decided_by == "match"
-    color_of = _sample_lamp_colors(rng, params, colors)
+    all_tones = rng.permutation(len(TONES)).tolist() if params.to_match else [None]
+    tones = all_tones[: len(LAMP_COLORS)]
+    color_of = _sample_lamp_colors(rng, tones, colors)
     (low, high), (left, right) = params.side, params.width or params.side
     height, width = (int(side) for side in rng.integers((low, left), (high, right), endpoint=True))
     lamp_circles, shape_circles = _arrange(rng, params, len(color_of), height, width)
-    lamps = _sample_lamps(rng, color_of, lamp_circles, turned=to_match)
-    # To match, shapes have the outlines of lamps alone, the first of each kind.
-    num_kinds = len(_MATCHED if to_match else _UNIT_POLYGONS)
-    shapes = _sample_shapes(rng, shape_circles, num_kinds)
+    lamps = [
+        Lamp(color, (x, y), radius, tone)
+        for (tone, color), (x, y, radius) in zip(color_of.items(), lamp_circles)
+    ]
+    shapes = _sample_shapes(rng, shape_circles, tones)
     canvas = background(rng, height, width)
     for shape in shapes:
         paint_shadow(canvas, shape)
@@ -214,37 +223,35 @@ def render_scene(
 
 
 def _sample_lamp_colors(
-    rng: np.random.Generator, params: LampsParams, colors: Sequence[int] | None
-) -> dict[int, int]:
-    """Sample the color of each lamp, by its kind of outline."""
+    rng: np.random.Generator, tones: Sequence[int | None], colors: Sequence[int] | None
+) -> dict[int | None, int]:
+    """Sample the color of each lamp, by its tone."""
     # Sampled even if colors are given, so that the random numbers after them are the same.
-    if params.decided_by == "match":
-        sampled = rng.permutation(len(LAMP_COLORS)).tolist()
-        lit = (rng.random(len(sampled)) >= _MISSING).tolist()
-    else:
+    if len(tones) == 1:
         sampled, lit = [int(rng.integers(len(LAMP_COLORS)))], [True]
+    else:
+        sampled = rng.permutation(len(LAMP_COLORS)).tolist()
+        lit = (rng.random(len(tones)) >= _MISSING).tolist()
     colors = sampled if colors is None else colors
-    if len({*colors} & {*range(len(LAMP_COLORS))}) != len(colors) or len(colors) != len(lit):
+    if len({*colors} & {*range(len(LAMP_COLORS))}) != len(colors) or len(colors) != len(tones):
         raise ValueError(
-            f"colors must be {len(lit)} different indices into {tuple(LAMP_COLORS)}: {colors}"
+            f"colors must be {len(tones)} different indices into {tuple(LAMP_COLORS)}: {colors}"
         )
-    return {outline: color for outline, color in enumerate(colors) if lit[outline]}
+    return {tone: color for tone, color, is_lit in zip(tones, colors, lit) if is_lit}
 
 
 def _label(
     thing: Shape | Lamp, mask: np.ndarray, lamps: Sequence[Lamp], params: LampsParams
 ) -> Instance:
     """Return a shape or a lamp as an object; a lamp is its own cue."""
-    if params.decided_by == "match":
-        cue = next((lamp for lamp in lamps if lamp.outline == thing.outline), None)
-    else:
-        (cue,) = lamps
+    cue = next((lamp for lamp in lamps if lamp.tone == thing.tone), None)
     color = cue.color if cue else len(LAMP_COLORS)
-    outline = thing.outline
-    category = {"lamp": color, "outline": outline, "match": len(_MATCHED) * color + outline}
-    return Instance(
-        category[params.decided_by], thing.polygon, mask, cue.box_center if cue else None
-    )
+    if params.decided_by == "tone":
+        of_shapes = len(TONES) * len(LAMP_COLORS)
+        category = (len(TONES) * thing.color if isinstance(thing, Lamp) else of_shapes) + thing.tone
+    else:
+        category = thing.outline if params.decided_by == "outline" else color
+    return Instance(category, thing.polygon, mask, cue.center if cue else None)
 
 
 def _arrange(
@@ -305,27 +312,20 @@ def _random_point(
     return float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin))
 
 
-def _sample_lamps(
-    rng: np.random.Generator, color_of: dict[int, int], circles: list[_Circle], *, turned: bool
-) -> list[Lamp]:
-    """Make a lamp of each kind of outline, in one of the circles; sample its rotation if wanted."""
-    lamps = []
-    for (outline, color), (x, y, radius) in zip(color_of.items(), circles):
-        unit = _UNIT_POLYGONS[outline]
-        polygon = (_turn(rng, unit) if turned else unit) * radius + (x, y)
-        lamps.append(Lamp(color, (x, y), radius, outline, polygon))
-    return lamps
-
-
-def _sample_shapes(rng: np.random.Generator, circles: list[_Circle], kinds: int) -> list[Shape]:
-    """Sample outline, one of the first ``kinds``, and color of a shape in each circle."""
+def _sample_shapes(
+    rng: np.random.Generator, circles: list[_Circle], tones: Sequence[int | None]
+) -> list[Shape]:
+    """Sample outline and tone, or else any color, of a shape in each circle."""
     colors = rng.permutation(len(PASTELS))
     shapes = []
     for i, (x, y, radius) in enumerate(circles):
-        kind = int(rng.integers(kinds))
+        kind = int(rng.integers(len(_UNIT_POLYGONS)))
         polygon = _turn(rng, _UNIT_POLYGONS[kind]) * radius + (x, y)
         outline = kind % len(CATEGORIES["outline"])
-        shapes.append(make_shape(outline, polygon, PASTELS[colors[i % len(colors)]]))
+        # One tone, which is None, takes no random number.
+        tone = tones[0] if len(tones) == 1 else tones[int(rng.integers(len(tones)))]
+        color = PASTELS[colors[i % len(colors)]] if tone is None else tuple(TONES.values())[tone]
+        shapes.append(make_shape(outline, polygon, color, tone))
     return shapes
 
 
@@ -343,7 +343,7 @@ def _lamp_mask(lamp: Lamp, height: int, width: int) -> np.ndarray:
 
 # Alternately round, pointed and square.
 _UNIT_POLYGONS = (
-    regular(40),  # a disk: 40 corners stay within 0.1 pixel of the circle at these sizes
+    DISK,
     rounded(regular(3), 0.14),
     rounded(regular(4), 0.12),
     rounded(regular(6), 0.12),

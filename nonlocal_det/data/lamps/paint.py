@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from .raster import blend, box_around, coverage, overlap, pixel_centers, signed_distance
+from .raster import blend, box_around, coverage, overlap, pixel_centers, regular, signed_distance
 
 # Shape symbols: H, W: height and width of the image in pixels. V: vertices of one polygon.
 
 LAMP_COLORS = {"amber": (255, 168, 28), "teal": (0, 214, 178), "violet": (168, 84, 255)}
 
-# Colors of shapes.
+# Colors of the shapes and of the lamps' cores, in images to match; 90 degrees of hue apart.
+TONES = {
+    "rose": (239, 143, 143),
+    "lime": (191, 239, 143),
+    "aqua": (143, 239, 239),
+    "lilac": (191, 143, 239),
+}
+# Colors of shapes in other images.
 PASTELS = (
     (232, 226, 214),
     (205, 210, 219),
@@ -28,6 +36,7 @@ PASTELS = (
     (224, 216, 190),
 )
 
+DISK = regular(40)  # its edge is within 0.1 pixel of the circle at the sizes here
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 # Each a pair: the colors at the two ends of the background's gradient.
 _BACKGROUNDS = (
@@ -42,27 +51,25 @@ _SHADOW_STRENGTH = 0.45
 
 @dataclass(frozen=True)
 class Lamp:
-    """A lamp of an image.
+    """A lamp of an image, a disk.
 
     Attributes:
         color: Index into `LAMP_COLORS`.
-        center: Center (x, y) in pixels of the circle around it.
-        radius: Radius in pixels of that circle.
-        outline: Kind of outline, an index into the categories of "outline"; 0 is a disk.
-        polygon: Outline (V, 2) as (x, y) in pixels.
+        center: Center (x, y) in pixels.
+        radius: Radius in pixels.
+        tone: Tone of its core, an index into `TONES`; None for a highlight instead of a core.
     """
 
     color: int
     center: tuple[float, float]
     radius: float
-    outline: int
-    polygon: np.ndarray
+    tone: int | None = None
+    outline: ClassVar[int] = 0  # kind of outline, as of a shape
 
     @property
-    def box_center(self) -> tuple[float, float]:
-        """Center (x, y) in pixels of the box around its outline."""
-        x, y = (self.polygon.min(axis=0) + self.polygon.max(axis=0)) / 2
-        return float(x), float(y)
+    def polygon(self) -> np.ndarray:
+        """Outline (V, 2) as (x, y) in pixels."""
+        return DISK * self.radius + self.center
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Shape:
         color: RGB color.
         corner: First pixel (x, y) of a box around the shape, which may extend beyond the image.
         distance: Signed distance to the polygon at the pixels of the box.
+        tone: Tone, an index into `TONES`; None if it has another color.
     """
 
     outline: int
@@ -82,6 +90,7 @@ class Shape:
     color: tuple[int, int, int]
     corner: tuple[int, int]
     distance: np.ndarray
+    tone: int | None
 
 
 def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -98,22 +107,24 @@ def paint_lamp(canvas: np.ndarray, lamp: Lamp, reach: float) -> None:
     """Paint a lamp and a halo that ends ``reach`` pixels from its center."""
     color = tuple(LAMP_COLORS.values())[lamp.color]
     corner, x, y = box_around(np.array([lamp.center]), reach)
-    if lamp.outline == 0:
-        distance = np.hypot(x - lamp.center[0], y - lamp.center[1])
-    else:  # the distance from a disk's center, for a disk whose edge is as far as the polygon's
-        distance = lamp.radius + signed_distance(x, y, lamp.polygon)
-
+    distance = np.hypot(x - lamp.center[0], y - lamp.center[1])
     fade = np.clip((reach - distance) / (reach - 0.5 * lamp.radius), 0, 1)
     blend(canvas, corner, color, 0.75 * fade**2)
     blend(canvas, corner, color, coverage(distance - lamp.radius))
-    # A faint highlight inside makes it look like a light; its rim keeps the pure color.
-    blend(canvas, corner, _WHITE, 0.55 * np.clip(1 - distance / (0.75 * lamp.radius), 0, 1))
+    # Its rim keeps the pure color.
+    if lamp.tone is None:  # a faint highlight makes it look like a light
+        blend(canvas, corner, _WHITE, 0.55 * np.clip(1 - distance / (0.75 * lamp.radius), 0, 1))
+    else:
+        core = tuple(TONES.values())[lamp.tone]
+        blend(canvas, corner, core, coverage(distance - 0.7 * lamp.radius))
 
 
-def make_shape(outline: int, polygon: np.ndarray, color: tuple[int, int, int]) -> Shape:
+def make_shape(
+    outline: int, polygon: np.ndarray, color: tuple[int, int, int], tone: int | None
+) -> Shape:
     """Return a shape with what is needed to paint it."""
     corner, x, y = box_around(polygon, _SHADOW_REACH)
-    return Shape(outline, polygon, color, corner, signed_distance(x, y, polygon))
+    return Shape(outline, polygon, color, corner, signed_distance(x, y, polygon), tone)
 
 
 def paint_shadow(canvas: np.ndarray, shape: Shape) -> None:

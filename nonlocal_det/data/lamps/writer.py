@@ -5,7 +5,7 @@
 
 In addition to COCO's keys, an image has ``cue_xy`` (center of the lamp) and ``seed`` (arguments of
 `image_rng`), and an annotation has ``cue_distance``, from the center of its box to the lamp's.
-With lamps to match, an image has ``cues`` instead (the centers of the boxes of all lamps), and an
+With lamps to match, an image has ``cues`` instead (the centers of all lamps), and an
 annotation has ``cue_xy`` too; both of its keys are null if it has no lamp. All are in pixels. The
 files hold no date and no path: the same arguments give the same bytes.
 """
@@ -69,7 +69,7 @@ def write_dataset(
     os.makedirs(os.path.dirname(annotation_file(folder, split)), exist_ok=True)
     os.makedirs(image_root(folder, split), exist_ok=True)
     images, annotations = [], []
-    to_match = params.decided_by == "match"
+    to_match = params.to_match
     annotation_ids = itertools.count(1)  # pycocotools treats the id 0 as "not matched"
     for index in range(count):
         scene = render_scene(image_rng(seed, split, index), params)
@@ -187,7 +187,7 @@ def _info(split: str, count: int, seed: int, params: LampsParams) -> dict:
 def _cues(scene: Scene, to_match: bool) -> dict:
     """Return the keys of an image that locate its lamps."""
     if to_match:
-        return {"cues": [_round_all(lamp.box_center) for lamp in scene.lamps]}
+        return {"cues": [_round_all(lamp.center) for lamp in scene.lamps]}
     (lamp,) = scene.lamps
     return {"cue_xy": _round_all(lamp.center)}
 

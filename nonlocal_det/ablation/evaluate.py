@@ -1,0 +1,73 @@
+"""What a finished run is measured by: its APs, and how it learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from .distance_ap import ap_by_distance, class_agnostic_ap
+
+LEARNED = 0.95  # share of objects classified rightly in training from which on a run has learned
+
+
+def evaluate_run(
+    folder: str, dataset: str, distances: Sequence[float] = (), reach: float = 0
+) -> dict[str, Any]:
+    """Evaluate a finished run from what its training left.
+
+    Args:
+        folder: Output folder of the run.
+        dataset: Name of the dataset that it was evaluated on.
+        distances: Ends of ranges of distances to the cue in pixels, ascending, or none.
+        reach: Distance from which on a cue is outside the baseline's receptive field.
+
+    Returns:
+        ``metrics``: AP, AP50 and AP75 of each task at the end, by their names in metrics.json, and
+        the AP of boxes whatever their class. ``learned_at``: the first recorded iteration at which
+        `LEARNED` of the sampled objects were classified rightly, or None. ``accuracy``: that share
+        at the end. ``entropy``: the mean relative entropy of the attention of all blocks, by
+        iteration. With distances, ``by_distance`` and ``beyond_reach``: AP in each range, and from
+        ``reach`` to the last end.
+    """
+    with open(os.path.join(folder, "metrics.json"), encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    with open(
+        os.path.join(folder, "inference", "coco_instances_results.json"), encoding="utf-8"
+    ) as file:
+        detections = json.load(file)
+    truth = PathManager.get_local_path(MetadataCatalog.get(dataset).json_file)
+    last = records[-1]
+    metrics = {key: last[key] for key in last if key.endswith(("/AP", "/AP50", "/AP75"))}
+    metrics["bbox/AP-any-class"] = class_agnostic_ap(truth, detections)
+    result = {"metrics": metrics, **_learning(records)}
+    if distances:
+        result["by_distance"] = ap_by_distance(truth, detections, distances)
+        (result["beyond_reach"],) = ap_by_distance(truth, detections, (reach, distances[-1]))
+    return result
+
+
+def _learning(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """When a run learned, how well in the end, and how its attention went."""
+    accuracies = {
+        r["iteration"] + 1: r["fast_rcnn/fg_cls_accuracy"]
+        for r in records
+        if "fast_rcnn/fg_cls_accuracy" in r
+    }
+    learned_at: Optional[int] = next((i for i, a in accuracies.items() if a >= LEARNED), None)
+    entropies = {}
+    for record in records:
+        values = [v for key, v in record.items() if key.endswith("/entropy")]
+        if values:
+            entropies[str(record["iteration"] + 1)] = round(statistics.fmean(values), 4)
+    last = list(accuracies.values())[-3:]
+    return {
+        "learned_at": learned_at,
+        "accuracy": round(statistics.fmean(last), 4) if last else None,
+        "entropy": entropies,
+    }

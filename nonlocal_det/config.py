@@ -58,8 +58,7 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # Scale queries and keys to unit length: the softmax logits are their cosines, times a learned
     # factor. None: with a softmax, unless SCALE is given.
     node.QK_NORM = None
-    # Initial value of that factor, from 1 to 100. None: 2 sqrt(inner channels), or 16 with
-    # "gaussian".
+    # Initial value of that factor, from 1 to 100. None: 10.
     node.LOGIT_SCALE = None
     # Norm after the output convolution: "BN", "SyncBN", "naiveSyncBN", "GN", or "" for none. With
     # "" the output convolution itself starts at zero, which suits few images per GPU. "auto" is

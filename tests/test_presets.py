@@ -113,15 +113,15 @@ def test_the_logits_of_cosines_stay_within_their_factor_whatever_the_features():
     torch.testing.assert_close(small, large)
 
 
-def test_logits_of_unrelated_directions_start_with_a_standard_deviation_of_two():
+@pytest.mark.parametrize("settings", [{}, {"mechanism": "windowed", "num_heads": 4}])
+@pytest.mark.parametrize("pairwise", ["gaussian", "embedded_gaussian"])
+def test_the_factor_of_the_cosines_starts_at_ten(settings, pairwise):
     torch.manual_seed(0)
-    for heads in (1, 4):
-        block = build_block(64, mechanism="windowed", num_heads=heads)
-        width = 32 // heads
-        theta, phi = (torch.randn(1, width, 400) for _ in range(2))
-        theta, phi = block._compared(theta, phi)
-        assert (theta.mT @ phi).std().item() == pytest.approx(2, rel=0.05)
-    assert build_block(64, logit_scale=7.0).logit_scale.exp().item() == pytest.approx(7)
+    for given, initial in ({}, 10), ({"logit_scale": 7.0}, 7):
+        block = build_block(64, pairwise=pairwise, **settings, **given)
+        theta = torch.randn(1, block.inner_channels, 40)
+        theta, phi = block._compared(theta, theta)
+        assert (theta.mT @ phi).amax().item() == pytest.approx(initial, rel=1e-3)
 
 
 def test_columns_of_zeros_stay_zero_and_get_a_finite_gradient():

@@ -47,6 +47,7 @@ from .shapes import CONV, unflatten_spatial
 
 PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 SOFTMAX = ("gaussian", "embedded_gaussian")
+_LOGIT_SCALE = 10.0
 MAX_LOGIT_SCALE = 100.0  # as in CLIP and Swin V2, so that the softmax stays below an arg max
 
 
@@ -66,8 +67,7 @@ class NonLocalBlock(NonLocalBase):
             not, as in the paper. By default neither: see ``qk_norm``.
         qk_norm: Whether to scale queries and keys to unit length. The softmax logits are then their
             cosines, times a learned factor. By default, with a softmax unless ``scale`` is given.
-        logit_scale: Initial value of that factor, from 1 to 100; by default 2 sqrt(D), or 16
-            with the Gaussian function.
+        logit_scale: Initial value of that factor, from 1 to 100; 10 by default, as in Swin V2.
         norm: Norm after the output convolution: "BN", "SyncBN", "GN", "" for none, or a callable
             from a number of channels to a module.
         init: Initialization of the embeddings: "kaiming", as in the paper, or "normal", of standard
@@ -112,18 +112,9 @@ class NonLocalBlock(NonLocalBase):
         self.max_log_scale = math.log(MAX_LOGIT_SCALE)
         self.qk_norm = pairwise in SOFTMAX and scale is None if qk_norm is None else qk_norm
         if self.qk_norm and pairwise in SOFTMAX:
-            self.logit_scale = nn.Parameter(torch.empty(()))
-            self._init_logit_scale(logit_scale, self.inner_channels)
-
-    def _init_logit_scale(self, logit_scale: Optional[float], width: int) -> None:
-        """Set the logarithm of the factor of the cosines of embeddings of this width.
-
-        Of unrelated directions, cosines have a standard deviation of 1 / sqrt(width), and so, by
-        default, logits one of 2. The Gaussian compares features themselves, of which each is like
-        itself and, without negative values, all are alike: there it starts at 16.
-        """
-        initial = 16.0 if self.pairwise == "gaussian" else min(2 * width**0.5, MAX_LOGIT_SCALE)
-        nn.init.constant_(self.logit_scale, math.log(logit_scale or initial))
+            initial = _LOGIT_SCALE if logit_scale is None else logit_scale
+            # Its logarithm, so that a step changes it by a factor.
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(initial)))
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """The attention output y of equation 1, (B, D, *S); see `NonLocalBase.aggregate`."""

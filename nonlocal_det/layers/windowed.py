@@ -50,8 +50,7 @@ class WindowedNonLocalBlock(NonLocalBlock):
             the input itself, a divisor of C too.
         scale: Whether to divide the softmax logits by sqrt(D / H); see `NonLocalBlock`.
         qk_norm: Whether to scale each head's queries and keys to unit length; see `NonLocalBlock`.
-        logit_scale: Initial factor of the cosines; by default 2 sqrt(D / H), or 16
-            with the Gaussian function.
+        logit_scale: Initial factor of the cosines; see `NonLocalBlock`.
         norm: Norm after the output convolution; see `NonLocalBlock`.
         init: Initialization of the embeddings; see `NonLocalBlock`.
 
@@ -96,8 +95,6 @@ class WindowedNonLocalBlock(NonLocalBlock):
         self.num_heads = num_heads
         if scale:
             self.scale = (self.inner_channels // num_heads) ** -0.5
-        if hasattr(self, "logit_scale"):
-            self._init_logit_scale(logit_scale, self.inner_channels // num_heads)
 
     def aggregate(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Attention output of all heads, (B, D, *S)."""

@@ -378,6 +378,7 @@ def test_every_run_of_a_shipped_suite_can_be_built(file: Path) -> None:
         ),
         ({"variants": {"stock": {}, "Stock": {}}}, "would share the folder"),
         ({"pretraining": {"tones": None}}, "'tones' among the pretraining"),
+        ({"_BASE_": "no_such.yaml"}, "no_such.yaml', which does not exist"),
     ],
 )
 def test_a_wrong_suite_says_so(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -392,6 +393,20 @@ def test_a_wrong_suite_says_so(change: dict[str, Any], said: str, tmp_path: Path
     file.write_text(yaml.safe_dump({**content, **change}))
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         read_suite(str(file))
+
+
+def test_a_suite_has_the_parts_of_its_base(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("VERSION: 2")
+    content = {"config": "config.yaml", "seeds": [1, 2], "baseline": "a", "tasks": {"far": {}}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**content, "variants": {"a": {}}}))
+    own = {"_BASE_": "base.yaml", "seeds": [3], "variants": {"a": {}, "b": {}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    suite = read_suite(str(tmp_path / "own.yaml"))
+    assert [(r.task, r.variant, r.seed) for r in suite.runs()] == [("far", "a", 3), ("far", "b", 3)]
+    assert suite.config == str(tmp_path / "config.yaml")
+    (tmp_path / "base.yaml").write_text("[]")
+    with pytest.raises(ValueError, match="base.yaml' is not a suite"):
+        read_suite(str(tmp_path / "own.yaml"))
 
 
 # ---- folders of runs

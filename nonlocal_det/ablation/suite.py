@@ -12,6 +12,7 @@ pretraining:                       # optional: trainings, whose weights a task c
   detector: {SOLVER.MAX_ITER: 90}  # MODEL.WEIGHTS: detector
 distances: [0, 64, 128]            # optional: pixels; see `ap_by_distance`
 cue_radius: 42                     # optional: radius of a cue around its center, pixels
+_BASE_: other.yaml                 # optional: a suite in the same folder with the other parts
 """
 
 from __future__ import annotations
@@ -96,11 +97,8 @@ def read_suite(file: str) -> Suite:
             share a folder.
     """
     file = find_config_file(file)
-    with open(file, encoding="utf-8") as opened:
-        content = yaml.safe_load(opened)
+    content = _read_parts(file)
     parts = tuple(name for name in Suite.__dataclass_fields__ if name != "file")
-    if not isinstance(content, dict):
-        raise ValueError(f"{file!r} is not a suite; it needs {', '.join(parts)}.")
     for name in content:
         check_choice(f"A part of the suite {file!r}", name, parts)
     for name in parts:
@@ -115,6 +113,21 @@ def read_suite(file: str) -> Suite:
     suite = Suite(file, os.path.normpath(config), seeds=seeds, distances=distances, **content)
     _check_folders(suite)
     return suite
+
+
+def _read_parts(file: str) -> dict[str, Any]:
+    """Read the parts of a suite, those of its base included."""
+    with open(file, encoding="utf-8") as opened:
+        content = yaml.safe_load(opened)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file!r} is not a suite, which has parts such as config and seeds.")
+    base = content.pop("_BASE_", None)
+    if base is None:
+        return content
+    base_file = os.path.join(os.path.dirname(file), str(base))
+    if not os.path.isfile(base_file):
+        raise FileNotFoundError(f"The suite {file!r} names {base_file!r}, which does not exist.")
+    return {**_read_parts(base_file), **content}
 
 
 def _check_parts(file: str, content: Mapping[str, Any]) -> None:

@@ -438,7 +438,7 @@ def leave_finished_run(suite: Suite, output: Path) -> dict[str, Any]:
     cfg = load_config(suite.config, [*run.options, "OUTPUT_DIR", str(folder)])
     cfg.MODEL.DEVICE = "cpu"
     (folder / "config.yaml").write_text(cfg.dump())
-    result = {"task": run.task, "variant": run.variant, "seed": run.seed}
+    result = {**dict.fromkeys(KEYS), "task": run.task, "variant": run.variant, "seed": run.seed}
     (folder / RESULT).write_text(json.dumps(result))
     return result
 

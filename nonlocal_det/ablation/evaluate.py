@@ -17,13 +17,14 @@ LEARNED = 0.95  # share of objects classified rightly in training from which on 
 
 
 def evaluate_run(
-    folder: str, dataset: str, distances: Sequence[float] = (), reach: float = 0
+    folder: str, datasets: Sequence[str], distances: Sequence[float] = (), reach: float = 0
 ) -> dict[str, Any]:
     """Evaluate a finished run from what its training left.
 
     Args:
         folder: Output folder of the run.
-        dataset: Name of the dataset that it was evaluated on.
+        datasets: Names of the datasets that it was evaluated on. The first counts, if there is one
+            in COCO's format, for what follows after the APs of the end.
         distances: Ends of ranges of distances to the cue in pixels, ascending, or none.
         reach: Distance from which on a cue is outside the baseline's receptive field.
 
@@ -37,15 +38,17 @@ def evaluate_run(
     """
     with open(os.path.join(folder, "metrics.json"), encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
-    with open(
-        os.path.join(folder, "inference", "coco_instances_results.json"), encoding="utf-8"
-    ) as file:
-        detections = json.load(file)
-    truth = PathManager.get_local_path(MetadataCatalog.get(dataset).json_file)
     last = records[-1]
     metrics = {key: last[key] for key in last if key.endswith(("/AP", "/AP50", "/AP75"))}
-    metrics["bbox/AP-any-class"] = class_agnostic_ap(truth, detections)
     result = {"metrics": metrics, **_learning(records)}
+    json_file = MetadataCatalog.get(datasets[0]).get("json_file") if datasets else None
+    if json_file is None:
+        return result
+    truth = PathManager.get_local_path(json_file)
+    found = os.path.join(folder, "inference", "coco_instances_results.json")
+    with open(found, encoding="utf-8") as file:
+        detections = json.load(file)
+    metrics["bbox/AP-any-class"] = class_agnostic_ap(truth, detections)
     if distances:
         result["by_distance"] = ap_by_distance(truth, detections, distances)
         (result["beyond_reach"],) = ap_by_distance(truth, detections, (reach, distances[-1]))

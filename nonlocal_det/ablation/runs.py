@@ -200,7 +200,7 @@ def train(suite: Suite, run: Run, output: str, threads: int, reach: float) -> Re
         "seed": run.seed,
         "settings": _digest(suite, run),
         "seconds": round(time.perf_counter() - start, 1),
-        **evaluate_run(folder, cfg.DATASETS.TEST[0], suite.distances, reach),
+        **evaluate_run(folder, cfg.DATASETS.TEST, suite.distances, reach),
         "run": anonymized(read_run_info(folder)[-1]),
     }
     with atomic_write(os.path.join(folder, RESULT)) as file:
@@ -219,9 +219,10 @@ def anonymized(start: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_result(folder: str) -> Optional[Result]:
-    """The result of a finished run, or None."""
+    """The result of a finished run, or None; one of an earlier version is made anew."""
     try:
         with open(os.path.join(folder, RESULT), encoding="utf-8") as file:
-            return json.load(file)
+            result = json.load(file)
     except FileNotFoundError:
         return None
+    return result if set(KEYS) <= result.keys() else None

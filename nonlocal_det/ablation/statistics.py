@@ -94,8 +94,9 @@ def overall_table(results: Results, task: str, baseline: str) -> str:
             column = "metrics", f"bbox/{metric}"
             values = values_by_seed(results, task, variant, *column)
             row += [_spread(values), _difference(results, task, variant, baseline, *column)]
-        for metric in ("AP50", "AP-any-class"):
-            row.append(_spread(values_by_seed(results, task, variant, "metrics", f"bbox/{metric}")))
+        row.append(_spread(values_by_seed(results, task, variant, "metrics", "bbox/AP50")))
+        any_class = {run["seed"]: run["metrics"].get("bbox/AP-any-class") for run in runs}
+        row.append("" if None in any_class.values() else _spread(any_class))
         learned = [run["learned_at"] for run in runs if has_learned(run)]
         median = f"{statistics.median(learned):.0f}" if learned else ""
         rows.append([*row, f"{len(learned)} of {len(runs)}", median])

@@ -76,7 +76,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for folder in (args.output, os.path.dirname(args.results) or "."):
             ensure_writable_dir(folder)
     reach = baseline_reach(suite)
-    results = _train(suite, missing, results, reach, args)
+    results = _of_suite(suite, [*results, *_train(suite, missing, results, reach, args)])
     if not results:
         raise SystemExit(f"There is nothing to report: {args.results!r} has no finished run.")
     report = make_report(suite, reach)
@@ -90,21 +90,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _train(
     suite: Suite, missing: Sequence[Run], done: list[Result], reach: float, args: argparse.Namespace
 ) -> list[Result]:
-    """Train the missing runs; return all results in the order of the suite, and keep their file."""
+    """Train the missing runs, and add the result of each to the file; return the new results."""
     on_gpu = load_config(suite.config, suite.runs()[0].options).MODEL.DEVICE == "cuda"
     jobs = args.jobs or (1 if on_gpu else num_cores())
     print(f"{len(missing)} runs, {jobs} in parallel, below {args.output}", flush=True)
-    order = [(run.task, run.variant, run.seed) for run in suite.runs()]
-    results = done
+    results: list[Result] = []
     with exit_on_error(RuntimeError, ValueError, OSError):
-        for number, result in enumerate(
-            train_all(suite, missing, args.output, jobs=jobs, threads=args.threads, reach=reach), 1
+        for result in train_all(
+            suite, missing, args.output, jobs=jobs, threads=args.threads, reach=reach
         ):
-            results = [*results, result]
-            write_results(args.results, results)
-            print(f"{number:4} of {len(missing)}  {progress_line(result)}", flush=True)
-    of_suite = [r for r in results if (r["task"], r["variant"], r["seed"]) in order]
-    return sorted(of_suite, key=lambda r: order.index((r["task"], r["variant"], r["seed"])))
+            results.append(result)
+            write_results(args.results, [*done, *results])
+            print(f"{len(results):4} of {len(missing)}  {progress_line(result)}", flush=True)
+    return results
+
+
+def _of_suite(suite: Suite, results: Sequence[Result]) -> list[Result]:
+    """The results of a suite's runs, in their order."""
+    found = {(result["task"], result["variant"], result["seed"]): result for result in results}
+    order = [(run.task, run.variant, run.seed) for run in suite.runs()]
+    return [found[run] for run in order if run in found]
 
 
 def num_cores() -> int:

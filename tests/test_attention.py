@@ -11,7 +11,9 @@ arrows reversed; a former name that does not warn, or calls another function.
 from __future__ import annotations
 
 import copy
+import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,7 @@ from nonlocal_det.attention import (
     draw_arrows,
     draw_box,
     explorer_page,
+    overlay,
     overlay_attention,
     resize_longest_side,
 )
@@ -543,7 +546,6 @@ def test_overlay_is_brightest_at_the_largest_weight_and_absent_at_nan():
     attn_map[10, 50] = 0.2
     dark = GRADIENT // 4  # the image shows through where weights are small
     drawn = overlay_attention(dark, attn_map).astype(int)
-    # NaN: the image at half its saturation, here a gray one.
     np.testing.assert_array_equal(drawn[:, :30], dark[:, :30])
     np.testing.assert_allclose(drawn[20:, 30:], dark[20:, 30:], atol=2)
     brightest = np.unravel_index(drawn.sum(axis=2).argmax(), attn_map.shape)
@@ -552,6 +554,34 @@ def test_overlay_is_brightest_at_the_largest_weight_and_absent_at_nan():
     signed = overlay_attention(GRADIENT, np.where(np.arange(60) < 30, -1.0, 1.0) * np.ones((40, 1)))
     assert (signed[:, :30, 2] > signed[:, :30, 0]).all()
     assert (signed[:, 30:, 0] > signed[:, 30:, 2]).all()
+
+
+def test_where_nothing_is_attended_to_the_image_shows_unchanged():
+    rng = np.random.default_rng(0)
+    colorful = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for sign in (1, -1):
+        attn_map = np.zeros((40, 60))
+        attn_map[:, :7] = sign
+        drawn = overlay_attention(colorful, attn_map)
+        np.testing.assert_array_equal(drawn[:, 7:], colorful[:, 7:])
+        assert (drawn[:, :7] != colorful[:, :7]).any(axis=2).all()
+
+
+@pytest.mark.parametrize("radius", [6, 20])
+def test_enlarged_masks_have_smooth_edges(radius):
+    """Of a disk: its contour is hardly longer than a circle; with stairs it is by a quarter."""
+    y, x = np.mgrid[:50, :60] + 0.5
+    mask = np.hypot(x - 30, y - 25) < radius
+    enlarged = overlay._resized_mask(mask, (600, 500))
+    (contour,), _ = cv2.findContours(enlarged.astype(np.uint8), 0, cv2.CHAIN_APPROX_TC89_KCOS)
+    assert 0.9 < cv2.arcLength(contour, True) / (2 * math.pi * 10 * radius) < 1.05
+    y, x = (np.mgrid[:500, :600] + 0.5) / 10
+    disk = np.hypot(x - 30, y - 25) < radius
+    assert (enlarged & disk).sum() / (enlarged | disk).sum() > 0.96
+    # To the border of the image, and smaller than the mask.
+    left = x[:50, :60] < 3
+    assert overlay._resized_mask(left, (600, 500))[:, :25].all()
+    assert overlay._resized_mask(mask, (30, 25)).sum() == pytest.approx(mask.sum() / 4, rel=0.1)
 
 
 def test_arrow_points_where_it_should():

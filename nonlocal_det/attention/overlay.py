@@ -87,7 +87,7 @@ def overlay_attention(
 
     Args:
         image: RGB uint8 image (H, W, 3).
-        attn_map: Float attention map (H, W); the image shows where it is NaN.
+        attn_map: Float attention map (H, W); the image shows unchanged where it is 0 or NaN.
         vmax: Magnitude of the weight drawn in the strongest color. Default: the largest in
             ``attn_map``.
         signed: Use a diverging colormap around zero instead of a sequential one from zero up.
@@ -111,15 +111,8 @@ def overlay_attention(
     colormap = matplotlib.colormaps[DIVERGING if signed else SEQUENTIAL]
     colors = colormap((relative + 1) / 2 if signed else relative)[..., :3] * 255
     # Most weights are near zero: there the image itself shows, so that it stays readable.
-    alpha = opacity * np.abs(relative)
-    alpha = np.where(np.isnan(attn_map), 0.0, alpha)[..., None]
-    return (_half_saturated(image) * (1 - alpha) + colors * alpha + 0.5).astype(np.uint8)
-
-
-def _half_saturated(image: np.ndarray) -> np.ndarray:
-    """The image as float at half its saturation, so that its colors are not taken for weights."""
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
-    return 0.5 * image + 0.5 * gray
+    alpha = (opacity * np.abs(relative))[..., None]
+    return (image * (1 - alpha) + colors * alpha + 0.5).astype(np.uint8)
 
 
 @renamed_arguments(targets="top_keys")
@@ -332,4 +325,10 @@ def overlay_instances(
 
 
 def _resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR) > 0.5
+    """Resize a boolean mask (H, W) to (width, height); larger ones get smooth edges, not stairs."""
+    resized = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    blur = 0.7 * size[0] / mask.shape[1]
+    if blur > 1:
+        # A border of the same values: masks that reach the border of the image still do.
+        resized = cv2.GaussianBlur(resized, (0, 0), blur, borderType=cv2.BORDER_REPLICATE)
+    return resized > 0.5

@@ -41,6 +41,7 @@ from tool_process import run_script
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from nonlocal_det import add_nonlocal_config
+from nonlocal_det.ablation.small_suite import read_small_suite
 from nonlocal_det.ablation.suite import read_suite
 from nonlocal_det.config import load_config, load_lazy_config
 from nonlocal_det.data import LampsParams, write_dataset
@@ -269,7 +270,7 @@ def check_script(script: str, arguments: list[str]) -> None:
     elif config_file:
         check_positions(load_config(config_file, options))
     if getattr(args, "suite", None):
-        read_suite(args.suite)
+        (read_small_suite if "small" in args.suite else read_suite)(args.suite)
 
 
 def check_pytest(arguments: list[str]) -> None:

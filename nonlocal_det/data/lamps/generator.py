@@ -46,7 +46,7 @@ from .raster import cross, pixel_centers, regular, rounded, signed_distance, sta
 # Shape symbols: H, W: height and width of the image in pixels. V: vertices of one polygon.
 
 # Change this whenever the same seed and parameters would give other images or annotations.
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 1
 
 # The categories for each cue that can decide a shape's category.
 CATEGORIES = {

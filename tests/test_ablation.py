@@ -243,6 +243,10 @@ def test_a_paired_difference_by_hand() -> None:
     assert str(found) == "+3.0 [-3.6, +9.6]"
 
 
+def test_a_difference_of_aps_over_no_objects_is_undefined() -> None:
+    assert str(paired_difference({1: math.nan, 2: 5}, {1: 3, 2: 3})) == "undefined"
+
+
 def test_one_pair_has_no_interval() -> None:
     found = paired_difference({1: 5.0}, {1: 4.0})
     assert found.mean == 1 and math.isnan(found.low) and str(found) == "+1.0"

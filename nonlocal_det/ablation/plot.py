@@ -25,7 +25,10 @@ def distance_plot(report: Mapping[str, Any], results: Results) -> Figure:
     figure = Figure(figsize=(5.2 * len(tasks), 4), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for panel, task in zip(panels, tasks):
+        trained = variants([run for run in results if run["task"] == task])
         for number, variant in enumerate(variants(results)):
+            if variant not in trained:
+                continue
             by_range = [
                 list(values_by_seed(results, task, variant, "by_distance", i, "AP").values())
                 for i in range(len(ranges))

@@ -26,6 +26,8 @@ class Difference:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return "undefined"
         if math.isnan(self.low):
             return f"{self.mean:+.1f}"
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
@@ -43,6 +45,8 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     if not differences:
         raise ValueError("The difference of 0 pairs is not defined; both must share a seed.")
     mean = statistics.fmean(differences)
+    if math.isnan(mean):  # an AP over no objects
+        return Difference(math.nan, math.nan, math.nan)
     freedom = len(differences) - 1
     if freedom == 0:
         return Difference(mean, math.nan, math.nan)

@@ -1,4 +1,4 @@
-"""What a finished run is measured by: its APs, and how it learned."""
+"""Evaluation of a finished run: its APs, and when it learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of the results of finished runs, which any machine can go on from: JSON, one per line."""
+"""Result files, from which a suite resumes on any machine: JSON, one finished run per line."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def anonymized(start: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_result(folder: str) -> Optional[Result]:
-    """The result of a finished run, or None; one of an earlier version is made anew."""
+    """The result of a finished run, or None; a result of an earlier version does not count."""
     try:
         with open(os.path.join(folder, RESULT), encoding="utf-8") as file:
             result = json.load(file)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from tiny_training import write_short_lamps
 
 from nonlocal_det.ablation import runs
 from nonlocal_det.ablation.distance_ap import ap_by_distance, class_agnostic_ap
+from nonlocal_det.ablation.evaluate import evaluate_run
 from nonlocal_det.ablation.receptive_field import receptive_field_radius
 from nonlocal_det.ablation.results import read_results
 from nonlocal_det.ablation.runs import KEYS, RESULT, check_runs, missing_runs, train
 from nonlocal_det.ablation.statistics import (
-    distance_table,
     has_learned,
     overall_table,
     paired_difference,
@@ -305,7 +306,7 @@ def test_a_table_has_the_aps_and_the_number_of_seeds_that_learned() -> None:
     ]
     results[-2]["learned_at"] = None  # 100.0
     assert [has_learned(run) for run in results] == [False] * 3 + [True, False, False]
-    head, _, stock, block = overall_table(results, "far", "stock").splitlines()
+    head, _, stock, block = overall_table(results, "stock").splitlines()
     names = ["variant", "AP", "difference", "AP75", "difference", "AP50", "AP, any class"]
     assert cells(head) == [*names, "learned", "by iteration"]
     columns = [1, 3, 5, 6]
@@ -319,17 +320,19 @@ def test_tables_of_unfinished_suites() -> None:
     """Differences are over the seeds that both have; without one there are none."""
     results = [result("far", "block", seed, 90) for seed in (1, 2)]
     report = {"baseline": "stock", "costs": {"stock": COSTS}, "reach": 200}
-    *_, block = overall_table(results, "far", "stock").splitlines()
+    *_, block = overall_table(results, "stock").splitlines()
     assert cells(block)[2] == "" and "block" in tables(report, results)
     results.append(result("far", "stock", 2, 80))
-    *_, block, _ = overall_table(results, "far", "stock").splitlines()
+    *_, block, _ = overall_table(results, "stock").splitlines()
     assert cells(block)[2] == "+10.0"
 
 
 def test_a_table_by_distance_counts_the_objects_of_its_own_task() -> None:
     results = [result("far", "stock", 1, 90, count=7), result("match", "stock", 1, 90, count=3)]
+    text = tables({"baseline": "stock", "costs": {"stock": COSTS}, "reach": 200}, results)
     for task, counts in (("far", ["7", "8"]), ("match", ["3", "4"])):
-        _, _, objects, _ = distance_table(results, task, "stock", 200).splitlines()
+        _, _, of_task = text.partition(f"Task: {task}")
+        objects = next(line for line in of_task.splitlines() if line.startswith("| objects"))
         assert cells(objects) == ["objects", *counts]
 
 
@@ -338,6 +341,25 @@ COSTS = {"parameters": 1, "flops": 1, "seconds": 1, "bytes": 1}
 
 def cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip().strip("|").split("|")]
+
+
+def test_a_run_has_learned_when_most_objects_are_classified_rightly(tmp_path: Path) -> None:
+    """The first recorded iteration counts; the accuracy is that of the last three records."""
+    accuracies = [0.3, 0.94, 0.96, 0.9, 0.98, 1.0]
+    records = [
+        {"iteration": 20 * i + 19, "fast_rcnn/fg_cls_accuracy": value}
+        for i, value in enumerate(accuracies)
+    ]
+    records[1] |= {"health/res4.nl0/entropy": 0.5, "health/res4.nl1/entropy": 0.7}
+    records.append({"iteration": 120, "bbox/AP": 60.0, "bbox/APs": 1.0, "bbox/AP50": 90.0})
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, records)))
+    found = evaluate_run(str(tmp_path), ())
+    assert found == {
+        "metrics": {"bbox/AP": 60.0, "bbox/AP50": 90.0},
+        "learned_at": 60,
+        "accuracy": 0.96,
+        "entropy": {"40": 0.6},
+    }
 
 
 # ---- suites
@@ -460,9 +482,9 @@ def test_a_file_of_results_counts_on_any_machine(tmp_path, suite_of_one_run) -> 
     content["tasks"]["tuned"] = {**content["tasks"]["near"], "MODEL.WEIGHTS": "other"}
     content["variants"]["stock"] = {}
     suite = write_suite(tmp_path, content)
-    near, tuned = missing_runs(suite, [])
-    assert suite.start_of(near) is None
-    assert suite.start_of(tuned).folder == "pretraining/other/seed1"
+    near, tuned = missing_runs(suite, [], 0)
+    assert suite.pretraining_of(near) is None
+    assert suite.pretraining_of(tuned).folder == "pretraining/other/seed1"
     results = [
         {"task": run.task, "variant": run.variant, "seed": 1, "settings": runs._digest(suite, run)}
         for run in (near, tuned)
@@ -470,16 +492,29 @@ def test_a_file_of_results_counts_on_any_machine(tmp_path, suite_of_one_run) -> 
     assert results[0]["settings"] != results[1]["settings"]
     content["seeds"] = [1, 2]
     more = write_suite(tmp_path, content)
-    assert [(run.task, run.seed) for run in missing_runs(more, results)] == [
+    assert [(run.task, run.seed) for run in missing_runs(more, results, 0)] == [
         ("near", 2),
         ("tuned", 2),
     ]
     content["pretraining"]["other"]["SOLVER.MAX_ITER"] = 6
     with pytest.raises(ValueError, match="run of 'tuned', 'stock', seed 1, of another conf"):
-        missing_runs(write_suite(tmp_path, content), results)
+        missing_runs(write_suite(tmp_path, content), results, 0)
     content["tasks"]["near"]["SOLVER.MAX_ITER"] = 6
     with pytest.raises(ValueError, match="run of 'near', 'stock', seed 1, of another conf"):
-        missing_runs(write_suite(tmp_path, content), results)
+        missing_runs(write_suite(tmp_path, content), results, 0)
+
+
+def test_results_at_other_distances_are_refused(tmp_path, suite_of_one_run) -> None:
+    """They depend on the baseline, whose receptive field is the last range's beginning."""
+    suite = write_suite(tmp_path, {**suite_of_one_run, "distances": [1, 100, 512]})
+    (run,) = suite.runs()
+    ranges = {"by_distance": [{"low": 1}, {"low": 100}], "beyond_reach": {"low": 176}}
+    found = {"task": "near", "variant": "stock", "seed": 1, "settings": runs._digest(suite, run)}
+    assert missing_runs(suite, [{**found, **ranges}], 176) == []
+    with pytest.raises(ValueError, match="of another suite, with other distances"):
+        missing_runs(suite, [{**found, **ranges}], 539)
+    with pytest.raises(ValueError, match="of another suite, with other distances"):
+        missing_runs(suite, [found], 176)
 
 
 def test_runs_of_another_configuration_are_refused(tmp_path, suite_of_one_run, capsys) -> None:
@@ -530,14 +565,11 @@ def test_a_run_that_ended_at_once_starts_again(tmp_path, suite_of_one_run) -> No
 # ---- a study
 
 
-@pytest.mark.slow
-def test_a_study_from_training_to_tables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    datasets = write_short_lamps(tmp_path / "datasets")
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
-    register_lamps()
-    validation = json.loads(Path(annotation_file(str(datasets / "lamps"), "val")).read_text())
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder of a finished study, with suite.yaml, output and datasets; the parts of the suite."""
+    folder = tmp_path_factory.mktemp("study")
+    datasets = write_short_lamps(folder / "datasets")
     few: dict[str, Any] = {"DATASETS.TRAIN": ["lamps_train"], "DATASETS.TEST": ["lamps_val"]}
     few |= {"SOLVER.MAX_ITER": 4, "SOLVER.IMS_PER_BATCH": 2}
     content = {
@@ -549,51 +581,98 @@ def test_a_study_from_training_to_tables(
         "pretraining": {"other": {**few, "SOLVER.MAX_ITER": 1}},
         "variants": {"stock": {}, "one block": {"MODEL.NONLOCAL.POSITIONS": ["res4[-2]"]}},
     }
-    suite, output = tmp_path / "suite.yaml", tmp_path / "output"
-    suite.write_text(yaml.safe_dump(content, sort_keys=False))
-    arguments = ["--suite", str(suite), "--output", str(output), "--jobs", "1"]
-    main(arguments)
-    report = json.loads((output / "report.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(datasets))
+        register_lamps()
+        write_suite(folder, content)
+        main(study_arguments(folder))
+        yield folder, content
+
+
+def study_arguments(folder: Path) -> list[str]:
+    return [
+        "--suite",
+        str(folder / "suite.yaml"),
+        "--output",
+        str(folder / "output"),
+        "--jobs",
+        "1",
+    ]
+
+
+@pytest.mark.slow
+def test_a_study_from_training_to_tables(study) -> None:
+    folder, _ = study
+    output = folder / "output"
+    truth = Path(annotation_file(str(folder / "datasets" / "lamps"), "val"))
+    num_objects = len(json.loads(truth.read_text())["annotations"])
     results = read_results(str(output / "results.jsonl"), KEYS)
     assert [run["variant"] for run in results] == ["stock", "one block"]
     for run in results:
         assert {"bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/AP-any-class"} == run["metrics"].keys()
         assert run["learned_at"] is None and 0 <= run["accuracy"] <= 1
         assert list(run["entropy"]) == ([] if run["variant"] == "stock" else ["4"])
-        assert sum(r["count"] for r in run["by_distance"]) == len(validation["annotations"])
+        assert sum(r["count"] for r in run["by_distance"]) == num_objects
         assert run["run"]["seed"] == 1 and run["run"]["command"]
-        folder = output / "near" / run["variant"].replace(" ", "_") / "seed1"
-        log = (folder / "output.txt").read_text()
+        run_folder = output / "near" / run["variant"].replace(" ", "_") / "seed1"
+        log = (run_folder / "output.txt").read_text()
         assert log.startswith("$ ")
         assert "pretraining/other/seed1/model_final.pth ..." in log
+
+
+@pytest.mark.slow
+def test_the_report_of_a_study(study) -> None:
+    output = study[0] / "output"
+    report = json.loads((output / "report.json").read_text())
     stock, block = report["costs"]["stock"], report["costs"]["one block"]
     # theta, phi, g and out of 256 channels, 128 inner, with their biases; the cosines' factor.
     assert block["parameters"] - stock["parameters"] == 4 * 256 * 128 + 3 * 128 + 256 + 1
     assert block["flops"] > stock["flops"] and block["bytes"] > stock["bytes"]
     assert (output / "distance.png").stat().st_size > 10_000
+    results = read_results(str(output / "results.jsonl"), KEYS)
     assert (output / "tables.md").read_text() == tables(report, results)
-    assert "one block" in capsys.readouterr().out
 
-    # Another suite's files are not overwritten, nor its runs taken for this one's.
-    content["variants"]["one block"]["SOLVER.BASE_LR"] = 0.5
-    suite.write_text(yaml.safe_dump(content, sort_keys=False))
+
+@pytest.mark.slow
+def test_another_suite_does_not_take_the_runs_of_a_study(study) -> None:
+    """Its files are not overwritten, nor its runs taken for this one's."""
+    folder, content = study
+    changed = {
+        "stock": {},
+        "one block": {**content["variants"]["one block"], "SOLVER.BASE_LR": 0.5},
+    }
+    write_suite(folder, {**content, "variants": changed})
     with pytest.raises(SystemExit, match="'one block', seed 1, of another configuration"):
-        main(arguments)
+        main(study_arguments(folder))
     with pytest.raises(SystemExit, match="SOLVER.BASE_LR was .*, is 0.5"):
-        main([*arguments, "--results", str(tmp_path / "none.jsonl")])
-    del content["variants"]["one block"]["SOLVER.BASE_LR"]
-    suite.write_text(yaml.safe_dump(content, sort_keys=False))
+        main([*study_arguments(folder), "--results", str(folder / "none.jsonl")])
+    write_suite(folder, content)
 
+
+@pytest.mark.slow
+def test_a_finished_study_trains_nothing(study, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither again, nor on another machine with the file of results alone, nor for a report."""
+    folder, content = study
+    output, elsewhere = folder / "output", folder / "elsewhere"
     files = sorted(output.rglob(RESULT))
     times = [file.stat().st_mtime_ns for file in files]
-    main(arguments)
+    main(study_arguments(folder))
     assert [file.stat().st_mtime_ns for file in files] == times and len(times) == 3
+    assert "one block" in capsys.readouterr().out
 
-    # On another machine, with the file of results alone.
-    elsewhere = tmp_path / "elsewhere"
-    main([*arguments, "--output", str(elsewhere), "--results", str(output / "results.jsonl")])
+    there = ["--output", str(elsewhere), "--results", str(output / "results.jsonl")]
+    main([*study_arguments(folder), *there])
     assert not (elsewhere / "near").exists()
-    assert (elsewhere / "tables.md").read_text().split("\n\nparam")[0].count("one block") > 2
+    text = (elsewhere / "tables.md").read_text()
+    assert text.split("\n\nparam")[0].count("one block") > 2
+
+    write_suite(folder, {**content, "seeds": [1, 2]})
+    main([*study_arguments(folder), *there, "--report-only"])
+    assert not (elsewhere / "near").exists()
+    assert (elsewhere / "tables.md").read_text().count("0 of 1") == 2
+    with pytest.raises(SystemExit, match="none.jsonl' has no finished run of the suite to report"):
+        main([*study_arguments(folder), "--results", str(folder / "none.jsonl"), "--report-only"])
+    write_suite(folder, content)
 
 
 @pytest.mark.parametrize("name", ["lamps"])
@@ -603,7 +682,9 @@ def test_the_docs_show_what_the_runs_left(name: str) -> None:
     report = json.loads((folder / f"{name}.report.json").read_text())
     results = read_results(str(folder / f"{name}.jsonl"), KEYS)
     suite = read_suite(str(PROJECT / "configs" / "ablation" / f"{name}.yaml"))
-    missing_runs(suite, results)  # those that are there are of today's configuration
+    missing_runs(
+        suite, results, report["reach"]
+    )  # those that are there are of today's configuration
     rows = [line for line in tables(report, results).splitlines() if line.startswith("|")]
     assert len(rows) > 10
     shown = [cells(line) for line in text.splitlines() if line.startswith("|")]

@@ -270,7 +270,7 @@ def check_script(script: str, arguments: list[str]) -> None:
     elif config_file:
         check_positions(load_config(config_file, options))
     if getattr(args, "suite", None):
-        (read_small_suite if "small" in args.suite else read_suite)(args.suite)
+        {"ablate": read_suite, "ablate_small": read_small_suite}[command[1]](args.suite)
 
 
 def check_pytest(arguments: list[str]) -> None:

@@ -12,8 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from .distance_ap import ap_by_distance, class_agnostic_ap
-
-LEARNED = 0.95  # share of objects classified rightly in training from which on a run has learned
+from .results import LEARNED
 
 
 def evaluate_run(

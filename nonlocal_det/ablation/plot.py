@@ -19,22 +19,21 @@ def distance_plot(report: Mapping[str, Any], results: Results) -> Figure:
             the baseline's receptive field.
         results: Results of the suite's runs. Each seed is a dot.
     """
+    names = variants(results)
     tasks = list(dict.fromkeys(run["task"] for run in results))
     ranges = results[0]["by_distance"]
     middles = [(r["low"] + r["high"]) / 2 for r in ranges]
     figure = Figure(figsize=(5.2 * len(tasks), 4), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for panel, task in zip(panels, tasks):
-        trained = variants([run for run in results if run["task"] == task])
-        for number, variant in enumerate(variants(results)):
-            if variant not in trained:
-                continue
+        of_task = [run for run in results if run["task"] == task]
+        for variant in variants(of_task):
             by_range = [
-                list(values_by_seed(results, task, variant, "by_distance", i, "AP").values())
+                list(values_by_seed(of_task, variant, "by_distance", i, "AP").values())
                 for i in range(len(ranges))
             ]
             means = [statistics.fmean(values) for values in by_range]
-            color = f"C{number}"
+            color = f"C{names.index(variant)}"
             panel.plot(middles, means, "-", color=color, label=variant)
             for middle, values in zip(middles, by_range):
                 panel.plot([middle] * len(values), values, ".", color=color, alpha=0.5)

@@ -11,6 +11,8 @@ from ..utils.file_io import atomic_write
 
 Result = dict[str, Any]
 
+LEARNED = 0.95  # share of the objects classified rightly in training, of a run that has learned
+
 
 def read_results(file: str, keys: Iterable[str]) -> list[Result]:
     """Read the results of finished runs; none if the file does not exist.

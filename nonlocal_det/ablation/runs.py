@@ -51,7 +51,7 @@ def check_runs(suite: Suite, runs: Sequence[Run], output: str) -> None:
         FileNotFoundError: If a dataset is missing.
     """
     for run in (*_pretrainings(suite, runs), *runs):
-        cfg = load_config(suite.config, _resolved(suite, run, output))
+        cfg = load_config(suite.config, _training_options(suite, run, output))
         check_positions(cfg)
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             check_dataset_registered(name)
@@ -97,44 +97,57 @@ def _is_just_begun(folder: str) -> bool:
     return not names
 
 
-def missing_runs(suite: Suite, results: Iterable[Result]) -> list[Run]:
+def missing_runs(suite: Suite, results: Iterable[Result], reach: float) -> list[Run]:
     """The runs of a suite that have no result yet.
 
+    Args:
+        suite: The suite.
+        results: Results of finished runs, of this suite or of others.
+        reach: Distance from which on a cue is outside the baseline's receptive field.
+
     Raises:
-        ValueError: If one of them has a result of another configuration.
+        ValueError: If a run has a result of another configuration, or at other distances.
     """
-    found = {(r["task"], r["variant"], r["seed"]): r["settings"] for r in results}
+    found = {(r["task"], r["variant"], r["seed"]): r for r in results}
+    distances = [*suite.distances[:-1], reach] if suite.distances else []
     missing = []
     for run in suite.runs():
-        settings = found.get((run.task, run.variant, run.seed))
-        if settings is None:
+        result = found.get((run.task, run.variant, run.seed))
+        if result is None:
             missing.append(run)
-        elif settings != _digest(suite, run):
+            continue
+        ranges = [*result.get("by_distance", ()), result.get("beyond_reach")] if distances else []
+        same = [r and r["low"] for r in ranges] == distances
+        if not same or result["settings"] != _digest(suite, run):
             raise ValueError(
                 f"The results have a run of {run.task!r}, {run.variant!r}, seed {run.seed}, of "
-                f"another configuration. Take it out, or choose another --results."
+                f"another {'configuration' if same else 'suite, with other distances'}. Take it "
+                f"out, or choose another --results."
             )
     return missing
 
 
 def _digest(suite: Suite, run: Run) -> str:
     """Digest of a run's settings and of those of its pretraining."""
-    digest, start = settings_digest(load_config(suite.config, run.options)), suite.start_of(run)
-    return digest if start is None else f"{digest} from {_digest(suite, start)}"
+    digest, before = (
+        settings_digest(load_config(suite.config, run.options)),
+        suite.pretraining_of(run),
+    )
+    return digest if before is None else f"{digest} from {_digest(suite, before)}"
 
 
 def _pretrainings(suite: Suite, runs: Iterable[Run]) -> list[Run]:
     """The pretrainings that runs start from, each once."""
-    starts = map(suite.start_of, runs)
-    return list({start.folder: start for start in starts if start is not None}.values())
+    before = map(suite.pretraining_of, runs)
+    return list({run.folder: run for run in before if run is not None}.values())
 
 
-def _resolved(suite: Suite, run: Run, output: str) -> list[str]:
+def _training_options(suite: Suite, run: Run, output: str) -> list[str]:
     """The options of a run, with the path of the weights that it starts from."""
-    start = suite.start_of(run)
-    if start is None:
+    before = suite.pretraining_of(run)
+    if before is None:
         return [*run.options]
-    return [*run.options, "MODEL.WEIGHTS", os.path.join(output, start.folder, "model_final.pth")]
+    return [*run.options, "MODEL.WEIGHTS", os.path.join(output, before.folder, "model_final.pth")]
 
 
 def train_all(
@@ -153,8 +166,8 @@ def train_all(
     Raises:
         RuntimeError: If a run fails, with the file of its output; running ones are waited for.
     """
-    for start in _pretrainings(suite, runs):
-        train(suite, start, output, threads, reach)
+    for pretraining in _pretrainings(suite, runs):
+        train(suite, pretraining, output, threads, reach)
     with ThreadPoolExecutor(jobs) as pool:
         pending = [pool.submit(train, suite, run, output, threads, reach) for run in runs]
         try:
@@ -173,7 +186,7 @@ def train(suite: Suite, run: Run, output: str, threads: int, reach: float) -> Re
         RuntimeError: If the training fails.
     """
     folder = os.path.join(output, run.folder)
-    options = _resolved(suite, run, output)
+    options = _training_options(suite, run, output)
     cfg = load_config(suite.config, options)
     check_same_run(folder, cfg)
     result = read_result(folder)

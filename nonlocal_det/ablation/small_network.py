@@ -36,11 +36,11 @@ from ..data.lamps.writer import image_rng
 from ..layers import NonLocalBlock
 from ..layers.base import NonLocalBase
 from ..modeling.block_factory import build_block
+from .results import LEARNED
 
 STRIDE = 16  # pixels per position of the features
 WIDTH = 96  # channels of the features
 BATCH = 16  # images per step
-LEARNED = 0.95  # accuracy from which on a task counts as learned
 
 _IMAGES = replace(
     DATASETS["lamps_long"].params,
@@ -166,13 +166,14 @@ def train(
         a uniform map at each hundredth step, if the block has a softmax; and ``seconds``.
     """
     start = time.perf_counter()
+    before = None
+    if task in PRETRAINING:
+        before = _pretrained(PRETRAINING[task], images, steps // 2, rate)
     torch.manual_seed(seed)
     block = None if settings is None else build_block(WIDTH, **settings)
     network = SmallNetwork(len(TASKS[task].categories), block)
-    if task in PRETRAINING:
-        before = _pretrained(PRETRAINING[task], images, steps // 2, rate)
+    if before is not None:
         network.features.load_state_dict(before.features.state_dict())
-        torch.manual_seed(seed)
     learned_at, entropy = _fit(network, make_examples(task, "train", images), steps, rate)
     return {
         "accuracy": round(_evaluate(network, make_examples(task, "val", 300)), 4),

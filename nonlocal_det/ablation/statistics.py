@@ -14,7 +14,7 @@ from scipy.stats import t as student_t
 
 Results = Sequence[Mapping[str, Any]]
 
-LEARNED = 95  # AP50 in percent from which on a run can have learned its task
+MIN_AP50 = 95  # percent, of a run that has learned its task
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,25 @@ def tables(report: Mapping[str, Any], results: Results) -> str:
     parts = []
     for task in dict.fromkeys(run["task"] for run in results):
         of_task = [run for run in results if run["task"] == task]
-        parts.append(f"Task: {task}\n\n" + overall_table(of_task, task, baseline))
+        parts.append(f"Task: {task}\n\n" + overall_table(of_task, baseline))
         if "reach" in report:
-            parts.append(distance_table(of_task, task, baseline, report["reach"]))
+            parts.append(distance_table(of_task, baseline, report["reach"]))
     return "\n".join([*parts, cost_table(report["costs"], baseline)])
 
 
-def values_by_seed(results: Results, task: str, variant: str, *keys: Any) -> dict[int, float]:
-    """A metric of a variant's runs on a task, by seed.
+def values_by_seed(results: Results, variant: str, *keys: Any) -> dict[int, float]:
+    """A metric of a variant's runs, by seed.
 
     Args:
-        results: Results of the runs.
-        task: Name of a task of the suite.
+        results: Results of runs on one task.
         variant: Name of a variant of the suite.
         keys: Keys that lead to the metric in a result, such as "metrics", "bbox/AP".
     """
-    runs = [run for run in results if (run["task"], run["variant"]) == (task, variant)]
+    runs = [run for run in results if run["variant"] == variant]
     return {run["seed"]: reduce(getitem, keys, run) for run in runs}
 
 
-def overall_table(results: Results, task: str, baseline: str) -> str:
+def overall_table(results: Results, baseline: str) -> str:
     """One row per variant: means and standard deviations of APs, paired differences, and learning.
 
     Where some seeds learn and others do not, a mean describes neither: so the number of those that
@@ -96,9 +95,9 @@ def overall_table(results: Results, task: str, baseline: str) -> str:
         row = [variant]
         for metric in ("AP", "AP75"):
             column = "metrics", f"bbox/{metric}"
-            values = values_by_seed(results, task, variant, *column)
-            row += [_spread(values), _difference(results, task, variant, baseline, *column)]
-        row.append(_spread(values_by_seed(results, task, variant, "metrics", "bbox/AP50")))
+            values = values_by_seed(results, variant, *column)
+            row += [_spread(values), _difference(results, variant, baseline, *column)]
+        row.append(_spread(values_by_seed(results, variant, "metrics", "bbox/AP50")))
         any_class = {run["seed"]: run["metrics"].get("bbox/AP-any-class") for run in runs}
         row.append("" if None in any_class.values() else _spread(any_class))
         learned = [run["learned_at"] for run in runs if has_learned(run)]
@@ -110,7 +109,7 @@ def overall_table(results: Results, task: str, baseline: str) -> str:
 
 def has_learned(run: Mapping[str, Any]) -> bool:
     """Whether 95% of the objects were classified rightly in training, and AP50 is at least 95."""
-    return run["learned_at"] is not None and run["metrics"]["bbox/AP50"] >= LEARNED
+    return run["learned_at"] is not None and run["metrics"]["bbox/AP50"] >= MIN_AP50
 
 
 def cost_table(costs: Mapping[str, Mapping[str, float]], baseline: str) -> str:
@@ -123,21 +122,21 @@ def cost_table(costs: Mapping[str, Mapping[str, float]], baseline: str) -> str:
     return markdown(["variant", "parameters", "MFLOPs", "ms/step", "activation memory, MiB"], rows)
 
 
-def distance_table(results: Results, task: str, baseline: str, reach: float) -> str:
+def distance_table(results: Results, baseline: str, reach: float) -> str:
     """One row per variant, one column per range of distances: AP and its paired difference.
 
     The last column has the objects whose cue is more than ``reach`` pixels away, outside the
     baseline's receptive field.
     """
-    first = next(run for run in results if run["task"] == task)
+    first = results[0]
     ranges = first["by_distance"]
     columns = [*(("by_distance", i) for i in range(len(ranges))), ("beyond_reach",)]
     rows = []
     for variant in variants(results):
         cells = []
         for column in columns:
-            values = values_by_seed(results, task, variant, *column, "AP")
-            difference = _difference(results, task, variant, baseline, *column, "AP")
+            values = values_by_seed(results, variant, *column, "AP")
+            difference = _difference(results, variant, baseline, *column, "AP")
             mean = f"{statistics.fmean(values.values()):.1f}"
             cells.append(f"{mean} ({difference})" if difference else mean)
         rows.append([variant, *cells])
@@ -157,10 +156,10 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _difference(results: Results, task: str, variant: str, baseline: str, *keys: Any) -> str:
+def _difference(results: Results, variant: str, baseline: str, *keys: Any) -> str:
     """The paired difference of a metric; empty for the baseline, or without a common seed."""
-    values = values_by_seed(results, task, variant, *keys)
-    before = values_by_seed(results, task, baseline, *keys)
+    values = values_by_seed(results, variant, *keys)
+    before = values_by_seed(results, baseline, *keys)
     if variant == baseline or not values.keys() & before:
         return ""
     return str(paired_difference(values, before))

@@ -8,8 +8,8 @@ tasks:                             # what each changes in the configuration
 variants:
   stock: {MODEL.NONLOCAL.POSITIONS: []}
   one block: {}
-pretraining:                       # optional: trainings, whose weights a task can start from as
-  detector: {SOLVER.MAX_ITER: 90}  # MODEL.WEIGHTS: detector
+pretraining:                       # optional: trainings with seed 1, from whose weights a task can
+  detector: {SOLVER.MAX_ITER: 90}  # start with MODEL.WEIGHTS: detector
 distances: [0, 64, 128]            # optional: pixels; see `ap_by_distance`
 cue_radius: 42                     # optional: radius of a cue around its center, pixels
 _BASE_: other.yaml                 # optional: a suite in the same folder with the other parts
@@ -72,13 +72,12 @@ class Suite:
         """``KEY VALUE`` pairs, as on the command line of ``nonlocal-det train``."""
         return _options({**self.tasks[task], **self.variants[variant], "SEED": seed})
 
-    def start_of(self, run: Run) -> Optional[Run]:
-        """The pretraining whose weights a run starts from, which has the suite's first seed."""
+    def pretraining_of(self, run: Run) -> Optional[Run]:
+        """The training whose weights a run starts from, the same for all of its seeds."""
         name = dict(zip(run.options[::2], run.options[1::2])).get("MODEL.WEIGHTS", "")
         if name not in self.pretraining:
             return None
-        seed = self.seeds[0]
-        return Run("pretraining", name, seed, _options({**self.pretraining[name], "SEED": seed}))
+        return Run("pretraining", name, 1, _options({**self.pretraining[name], "SEED": 1}))
 
 
 def _options(chosen: Options) -> tuple[str, ...]:

@@ -45,7 +45,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar="FILE",
         help="JSON lines, one per finished run (default: results.jsonl in the output directory)",
     )
-    add("--report-only", action="store_true", help="train nothing, report what is finished")
+    add(
+        "--report-only",
+        action="store_true",
+        help="train nothing; report the runs that are finished",
+    )
     add(
         "--jobs",
         type=int,
@@ -70,15 +74,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     with exit_on_error():
         suite = read_suite(args.suite)
         results = read_results(args.results, KEYS)
-        missing = [] if args.report_only else missing_runs(suite, results)
+        reach = baseline_reach(suite)
+        missing = missing_runs(suite, results, reach)
+        if args.report_only:
+            missing = []
         outputs.check(*(os.path.join(args.output, name) for name in FILES))
         check_runs(suite, missing, args.output)
         for folder in (args.output, os.path.dirname(args.results) or "."):
             ensure_writable_dir(folder)
-    reach = baseline_reach(suite)
     results = _of_suite(suite, [*results, *_train(suite, missing, results, reach, args)])
-    if not results:
-        raise SystemExit(f"There is nothing to report: {args.results!r} has no finished run.")
+    with exit_on_error():
+        if not results:
+            raise ValueError(f"{args.results!r} has no finished run of the suite to report.")
     report = make_report(suite, reach)
     with exit_on_error(), outputs.drafts(args.output) as drafts:
         write_report(report, results, drafts)

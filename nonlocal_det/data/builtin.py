@@ -40,6 +40,7 @@ _LONG = LampsParams(
     gap=2.0,
     lamp_counts=True,
 )
+_LONG_SPLITS = {"train": 1200, "val": 200}
 _MATCHES = replace(
     _LONG,
     decided_by="match",
@@ -50,15 +51,13 @@ _MATCHES = replace(
 )
 DATASETS = {
     "lamps": LampsDataset(),
-    "lamps_long": LampsDataset(_LONG, {"train": 1200, "val": 200}),
+    "lamps_long": LampsDataset(_LONG, _LONG_SPLITS),
     # The control: the same images, each shape labeled by its own outline.
-    "outlines_long": LampsDataset(
-        replace(_LONG, decided_by="outline"), {"train": 1200, "val": 200}
-    ),
+    "outlines_long": LampsDataset(replace(_LONG, decided_by="outline"), _LONG_SPLITS),
     # Each shape has to find its own lamp: a summary of the image that all share is not enough.
-    "matches_long": LampsDataset(_MATCHES, {"train": 1200, "val": 200}),
+    "matches_long": LampsDataset(_MATCHES, _LONG_SPLITS),
     # The same images, with classes that depend on the objects themselves.
-    "tones_long": LampsDataset(replace(_MATCHES, decided_by="tone"), {"train": 1200, "val": 200}),
+    "tones_long": LampsDataset(replace(_MATCHES, decided_by="tone"), _LONG_SPLITS),
 }
 
 

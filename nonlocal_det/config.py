@@ -230,7 +230,7 @@ def differing_settings(config_file: str, cfg: CfgNode) -> dict[str, tuple[Any, A
             written = dict(_flatten(yaml.safe_load(file) or {}))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{config_file!r} is not the config of a run.") from error
-    settings = dict(_flatten(yaml.safe_load(cfg.dump())))
+    settings = _settings(cfg)
     shared = settings.keys() & written.keys()
     return {k: (written[k], v) for k, v in settings.items() if k in shared and written[k] != v}
 
@@ -245,13 +245,18 @@ def settings_digest(cfg: CfgNode) -> str:
     """
     defaults = get_cfg()
     add_nonlocal_config(defaults)
-    default_of = dict(_flatten(yaml.safe_load(defaults.dump())))
+    default_of = _settings(defaults)
     changed = [
         (key, value)
-        for key, value in sorted(_flatten(yaml.safe_load(cfg.dump())))
+        for key, value in sorted(_settings(cfg).items())
         if key not in ("OUTPUT_DIR", "MODEL.DEVICE") and default_of.get(key) != value
     ]
     return hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:12]
+
+
+def _settings(cfg: CfgNode) -> dict[str, Any]:
+    """All values by their keys in dotted notation, as YAML would give them back."""
+    return dict(_flatten(yaml.safe_load(cfg.dump())))
 
 
 def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -128,7 +128,7 @@ def _image(folder: Path) -> str:
     import numpy as np
     from PIL import Image
 
-    from nonlocal_det.data.lamps.generator import LampsParams, render_image
+    from nonlocal_det.data import LampsParams, render_image
 
     path = folder / "image.png"
     size = LampsParams(side=(480, 640), shape_size=(80.0, 200.0))

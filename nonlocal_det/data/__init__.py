@@ -2,15 +2,9 @@
 
 from ..utils.deprecation import renamed_attributes
 from .builtin import register_lamps
-from .lamps.generator import (
-    CATEGORIES,
-    Instance,
-    LampsParams,
-    Scene,
-    render_image,
-    render_scene,
-)
+from .lamps.generator import Instance, Scene, render_image, render_scene
 from .lamps.paint import LAMP_COLORS, Lamp
+from .lamps.params import CATEGORIES, LampsParams
 from .lamps.writer import ensure_dataset, image_rng, write_dataset
 
 __all__ = [

@@ -11,8 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from .lamps.generator import LampsParams
 from .lamps.paint import LAMP_COLORS
+from .lamps.params import LampsParams
 from .lamps.writer import SPLITS, annotation_file, ensure_dataset, image_root
 
 

@@ -6,11 +6,11 @@ all three lamps. So a detector can classify an object only from the lamp elsewhe
 which is what non-local blocks are for. As a control, the same images can be labeled by a local cue,
 the outline of each shape; then the lamp carries no information.
 
-One summary of the image, the same for all of its shapes, is enough there. Hardly so in the images
-to match: the shapes of each have three of four tones, and most of these are the core of a lamp,
-too, each of another color. A shape's category is the color of the lamp whose core has its tone, or
-"unlit". The same images can be labeled by what is local in them: the tone of a shape, and the color
-and tone of a lamp.
+One summary of the image, the same for all of its shapes, is enough there. The images to match need
+one for each shape: the shapes of an image have three of four tones, most of which are the core of
+a lamp, too, each of another color. A shape's category is the color of the lamp whose core has its
+tone, or "unlit". The same images can be labeled by what is local in them: the tone of a shape, and
+the color and tone of a lamp.
 
 Shapes are polygons, rasterized by their exact signed distance, so that the annotated polygon and
 the painted edge agree to a fraction of a pixel. They overlap neither each other nor a lamp's
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .arrangement import Circle, arrange
 from .paint import (
     DISK,
     LAMP_COLORS,
@@ -41,6 +42,7 @@ from .paint import (
     paint_shadow,
     paint_shape,
 )
+from .params import CATEGORIES, LampsParams
 from .raster import cross, pixel_centers, regular, rounded, signed_distance, star
 
 # Shape symbols: H, W: height and width of the image in pixels. V: vertices of one polygon.
@@ -48,70 +50,7 @@ from .raster import cross, pixel_centers, regular, rounded, signed_distance, sta
 # Change this whenever the same seed and parameters would give other images or annotations.
 GENERATOR_VERSION = 1
 
-# The categories for each cue that can decide a shape's category.
-CATEGORIES = {
-    "lamp": tuple(LAMP_COLORS),
-    "outline": ("round", "pointed", "square"),
-    "match": (*LAMP_COLORS, "unlit"),
-    # Of lamps, by color, then by tone; of shapes.
-    "tone": (*(f"{color} {tone}" for color in LAMP_COLORS for tone in TONES), *TONES),
-}
-
 _MISSING = 0.25  # probability that a tone of an image has no lamp, in the images to match
-_Circle = tuple[float, float, float]  # x, y, radius
-
-
-@dataclass(frozen=True)
-class LampsParams:
-    """Parameters of the images. Ranges are (low, high), both ends included.
-
-    Annotation files store them under these names.
-
-    Attributes:
-        side: Range of height and width of the image in pixels, which are sampled independently.
-        width: Range of the width, if it differs from that of the height, or None.
-        num_shapes: Range of the number of shapes, lamps not included.
-        shape_size: Range of the diameter in pixels of the circle around a shape.
-        lamp_size: Range of the diameter of a lamp in pixels.
-        halo: Radius of a lamp's glow, in radii of the lamp. No light passes beyond it.
-        gap: Minimum free space in pixels around a shape.
-        decided_by: What decides the category: "lamp" or "outline", for the same images with one
-            lamp; "match" or "tone", for the same images with up to three lamps to match.
-        lamp_counts: Whether a lamp is an object too, with the category of its color, of its round
-            outline, or of its color and tone; the images are the same.
-    """
-
-    side: tuple[int, int] = (112, 160)
-    width: tuple[int, int] | None = None
-    num_shapes: tuple[int, int] = (2, 5)
-    shape_size: tuple[float, float] = (26.0, 56.0)
-    lamp_size: tuple[float, float] = (20.0, 26.0)
-    halo: float = 2.8
-    gap: float = 3.0
-    decided_by: str = "lamp"
-    lamp_counts: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("side", "width", "num_shapes", "shape_size", "lamp_size"):
-            low, high = getattr(self, name) or self.side
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be (low, high) with 0 < low <= high: {low, high}")
-        if self.halo < 1:
-            raise ValueError(f"halo must be at least 1, the lamp's own radius: {self.halo}")
-        if self.gap < 1:
-            raise ValueError(f"gap must be at least 1, or edges would mix: {self.gap}")
-        if self.decided_by not in CATEGORIES:
-            raise ValueError(f"decided_by must be one of {tuple(CATEGORIES)}: {self.decided_by!r}")
-
-    @property
-    def to_match(self) -> bool:
-        """Whether an image has up to three lamps to match."""
-        return self.decided_by in ("match", "tone")
-
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """Names of the categories."""
-        return CATEGORIES[self.decided_by]
 
 
 @dataclass(frozen=True)
@@ -202,7 +141,7 @@ def render_scene(
     color_of = _sample_lamp_colors(rng, tones, colors)
     (low, high), (left, right) = params.side, params.width or params.side
     height, width = (int(side) for side in rng.integers((low, left), (high, right), endpoint=True))
-    lamp_circles, shape_circles = _arrange(rng, params, len(color_of), height, width)
+    lamp_circles, shape_circles = arrange(rng, params, len(color_of), height, width)
     lamps = [
         Lamp(color, (x, y), radius, tone)
         for (tone, color), (x, y, radius) in zip(color_of.items(), lamp_circles)
@@ -245,75 +184,23 @@ def _label(
 ) -> Instance:
     """Return a shape or a lamp as an object; a lamp is its own cue."""
     cue = next((lamp for lamp in lamps if lamp.tone == thing.tone), None)
-    color = cue.color if cue else len(LAMP_COLORS)
-    if params.decided_by == "tone":
-        of_shapes = len(TONES) * len(LAMP_COLORS)
-        category = (len(TONES) * thing.color if isinstance(thing, Lamp) else of_shapes) + thing.tone
-    else:
-        category = thing.outline if params.decided_by == "outline" else color
+    category = params.categories.index(_category(thing, cue, params.decided_by))
     return Instance(category, thing.polygon, mask, cue.center if cue else None)
 
 
-def _arrange(
-    rng: np.random.Generator, params: LampsParams, num_lamps: int, height: int, width: int
-) -> tuple[list[_Circle], list[_Circle]]:
-    """Arrange lamps and shapes without overlap.
-
-    Returns:
-        The circles around the lamps, without their halos, and those around the shapes.
-    """
-    lamp_radii = rng.uniform(*params.lamp_size, size=num_lamps) / 2
-    count = int(rng.integers(*params.num_shapes, endpoint=True))
-    low, high = params.shape_size
-    # Large ones first: they are the hardest to fit in.
-    radii = np.sort(rng.uniform(low, high, size=count))[::-1] / 2
-    for _ in range(200):
-        # Each a radius and a distance from the border, which may cut a halo.
-        wanted = [(params.halo * radius, 1.5 * radius) for radius in lamp_radii]
-        wanted += [(radius, radius + params.gap) for radius in radii]
-        circles: list[_Circle] = []
-        for radius, margin in wanted:
-            spot = _find_room(rng, circles, radius + params.gap, margin, height, width)
-            if spot is None:
-                break
-            circles.append((*spot, radius))
-        else:
-            lamps = [(x, y, float(r)) for (x, y, _), r in zip(circles, lamp_radii)]
-            return lamps, circles[num_lamps:]
-        # Too crowded: retry with slightly smaller shapes.
-        radii = np.maximum(radii * 0.95, low / 2)
-    raise ValueError(f"found no room for {count} shapes in {width} x {height} pixels: {params}")
-
-
-def _find_room(
-    rng: np.random.Generator,
-    taken: list[_Circle],
-    distance: float,
-    margin: float,
-    height: int,
-    width: int,
-) -> tuple[float, float] | None:
-    """Return a random point at least ``distance`` from all circles and ``margin`` from the border.
-
-    None if it is not found.
-    """
-    if 2 * margin > min(height, width):
-        return None
-    for _ in range(30):
-        x, y = _random_point(rng, height, width, margin)
-        if all(math.hypot(x - u, y - v) >= distance + r for u, v, r in taken):
-            return x, y
-    return None
-
-
-def _random_point(
-    rng: np.random.Generator, height: int, width: int, margin: float
-) -> tuple[float, float]:
-    return float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin))
+def _category(thing: Shape | Lamp, cue: Lamp | None, decided_by: str) -> str:
+    """Name of the category of a shape or a lamp."""
+    color = tuple(LAMP_COLORS)[cue.color] if cue else "unlit"
+    if decided_by == "outline":
+        return CATEGORIES["outline"][thing.outline]
+    if decided_by == "tone":
+        tone = tuple(TONES)[thing.tone]
+        return f"{color} {tone}" if isinstance(thing, Lamp) else tone
+    return color
 
 
 def _sample_shapes(
-    rng: np.random.Generator, circles: list[_Circle], tones: Sequence[int | None]
+    rng: np.random.Generator, circles: list[Circle], tones: Sequence[int | None]
 ) -> list[Shape]:
     """Sample outline and tone, or else any color, of a shape in each circle."""
     colors = rng.permutation(len(PASTELS))

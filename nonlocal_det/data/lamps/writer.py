@@ -25,7 +25,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from PIL import Image
 
-from .generator import GENERATOR_VERSION, Instance, LampsParams, Scene, render_scene
+from .generator import GENERATOR_VERSION, Instance, Scene, render_scene
+from .params import LampsParams
 
 SPLITS = {"train": 400, "val": 100}
 

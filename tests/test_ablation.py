@@ -37,7 +37,7 @@ from nonlocal_det.ablation.statistics import (
 )
 from nonlocal_det.ablation.suite import Suite, read_suite
 from nonlocal_det.cli.ablate import main
-from nonlocal_det.config import load_config
+from nonlocal_det.config import load_config, settings_digest
 from nonlocal_det.data import ensure_dataset, register_lamps
 from nonlocal_det.data.lamps.writer import annotation_file
 from nonlocal_det.modeling.supported_positions import check_positions
@@ -502,6 +502,18 @@ def test_a_file_of_results_counts_on_any_machine(tmp_path, suite_of_one_run) -> 
     content["tasks"]["near"]["SOLVER.MAX_ITER"] = 6
     with pytest.raises(ValueError, match="run of 'near', 'stock', seed 1, of another conf"):
         missing_runs(write_suite(tmp_path, content), results, 0)
+
+
+def test_a_digest_is_that_of_the_settings_alone() -> None:
+    """Neither of the machine, nor of the folder, nor of a default that is written out."""
+    digest = settings_digest(load_config(str(CONFIG)))
+    for same in (
+        ["MODEL.DEVICE", "cuda"],
+        ["OUTPUT_DIR", "elsewhere"],
+        ["MODEL.NONLOCAL.GROUPS", 1],
+    ):
+        assert settings_digest(load_config(str(CONFIG), same)) == digest
+    assert settings_digest(load_config(str(CONFIG), ["MODEL.NONLOCAL.GROUPS", 2])) != digest
 
 
 def test_results_at_other_distances_are_refused(tmp_path, suite_of_one_run) -> None:

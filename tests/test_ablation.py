@@ -28,7 +28,14 @@ from nonlocal_det.ablation.distance_ap import ap_by_distance, class_agnostic_ap
 from nonlocal_det.ablation.evaluate import evaluate_run
 from nonlocal_det.ablation.receptive_field import receptive_field_radius
 from nonlocal_det.ablation.results import read_results
-from nonlocal_det.ablation.runs import KEYS, RESULT, check_runs, missing_runs, train
+from nonlocal_det.ablation.runs import (
+    KEYS,
+    RESULT,
+    check_runs,
+    missing_runs,
+    results_of,
+    train,
+)
 from nonlocal_det.ablation.statistics import (
     has_learned,
     overall_table,
@@ -36,7 +43,7 @@ from nonlocal_det.ablation.statistics import (
     tables,
 )
 from nonlocal_det.ablation.suite import Suite, read_suite
-from nonlocal_det.cli.ablate import main
+from nonlocal_det.cli.ablate import chosen, main, parse_args
 from nonlocal_det.config import load_config, settings_digest
 from nonlocal_det.data import ensure_dataset, register_lamps
 from nonlocal_det.data.lamps.writer import annotation_file
@@ -612,6 +619,24 @@ def study_arguments(folder: Path) -> list[str]:
     ]
 
 
+def test_a_part_of_a_suite_can_be_trained() -> None:
+    suite = read_suite(str(PROJECT / "configs" / "ablation" / "lamps.yaml"))
+
+    def runs_with(*options: str) -> list[tuple[str, str, int]]:
+        args = parse_args(["--suite", suite.file, *options])
+        return [(run.task, run.variant, run.seed) for run in chosen(suite, suite.runs(), args)]
+
+    assert len(runs_with()) == len(suite.runs())
+    assert runs_with("--tasks", "far", "--variants", "no block", "--seeds", "2", "1") == [
+        ("far", "no block", 1),
+        ("far", "no block", 2),
+    ]
+    with pytest.raises(
+        ValueError, match="--variants of .* is 'near'; it must be one of 'no block'"
+    ):
+        runs_with("--variants", "near")
+
+
 @pytest.mark.slow
 def test_a_study_from_training_to_tables(study) -> None:
     folder, _ = study
@@ -637,8 +662,8 @@ def test_the_report_of_a_study(study) -> None:
     output = study[0] / "output"
     report = json.loads((output / "report.json").read_text())
     stock, block = report["costs"]["stock"], report["costs"]["one block"]
-    # theta, phi, g and out of 256 channels, 128 inner, with their biases; the cosines' factor.
-    assert block["parameters"] - stock["parameters"] == 4 * 256 * 128 + 3 * 128 + 256 + 1
+    # theta, phi, g and out of 256 channels, 128 inner; biases, or a norm's; the cosines' factor.
+    assert block["parameters"] - stock["parameters"] == 4 * 256 * 128 + 3 * 128 + 2 * 256 + 1
     assert block["flops"] > stock["flops"] and block["bytes"] > stock["bytes"]
     assert (output / "distance.png").stat().st_size > 10_000
     results = read_results(str(output / "results.jsonl"), KEYS)
@@ -694,10 +719,13 @@ def test_the_docs_show_what_the_runs_left(name: str) -> None:
     report = json.loads((folder / f"{name}.report.json").read_text())
     results = read_results(str(folder / f"{name}.jsonl"), KEYS)
     suite = read_suite(str(PROJECT / "configs" / "ablation" / f"{name}.yaml"))
-    missing_runs(
-        suite, results, report["reach"]
-    )  # those that are there are of today's configuration
-    rows = [line for line in tables(report, results).splitlines() if line.startswith("|")]
+    # Those that are there are of today's configuration.
+    missing_runs(suite, results, report["reach"])
+    rows = [
+        line
+        for line in tables(report, results_of(suite, results)).splitlines()
+        if line.startswith("|")
+    ]
     assert len(rows) > 10
     shown = [cells(line) for line in text.splitlines() if line.startswith("|")]
     assert [row for row in rows if cells(row) not in shown] == []

@@ -127,6 +127,13 @@ def missing_runs(suite: Suite, results: Iterable[Result], reach: float) -> list[
     return missing
 
 
+def results_of(suite: Suite, results: Iterable[Result]) -> list[Result]:
+    """The results of a suite's runs among others, in the order of the runs."""
+    found = {(r["task"], r["variant"], r["seed"]): r for r in results}
+    order = [(run.task, run.variant, run.seed) for run in suite.runs()]
+    return [found[run] for run in order if run in found]
+
+
 def _digest(suite: Suite, run: Run) -> str:
     """Digest of a run's settings and of those of its pretraining."""
     digest, before = (

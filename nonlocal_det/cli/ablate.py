@@ -17,13 +17,14 @@ from typing import Optional
 
 from ..ablation.report import FILES, baseline_reach, make_report, write_report
 from ..ablation.results import Result, read_results, write_results
-from ..ablation.runs import KEYS, check_runs, missing_runs, train_all
+from ..ablation.runs import KEYS, check_runs, missing_runs, results_of, train_all
 from ..ablation.statistics import tables
 from ..ablation.suite import Run, Suite, read_suite
 from ..config import load_config
 from ..errors import exit_on_error
 from ..utils.file_io import ensure_writable_dir
 from ..utils.outputs import CommandOutputs
+from ..utils.validation import check_choice
 from . import program_name
 
 
@@ -50,6 +51,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         action="store_true",
         help="train nothing; report the runs that are finished",
     )
+    for part in ("tasks", "variants", "seeds"):
+        add(
+            f"--{part}",
+            nargs="+",
+            metavar=part[:-1].upper(),
+            type=int if part == "seeds" else str,
+            help=f"train these {part} only (default: all)",
+        )
     add(
         "--jobs",
         type=int,
@@ -75,14 +84,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         suite = read_suite(args.suite)
         results = read_results(args.results, KEYS)
         reach = baseline_reach(suite)
-        missing = missing_runs(suite, results, reach)
+        missing = chosen(suite, missing_runs(suite, results, reach), args)
         if args.report_only:
             missing = []
         outputs.check(*(os.path.join(args.output, name) for name in FILES))
         check_runs(suite, missing, args.output)
         for folder in (args.output, os.path.dirname(args.results) or "."):
             ensure_writable_dir(folder)
-    results = _of_suite(suite, [*results, *_train(suite, missing, results, reach, args)])
+    results = results_of(suite, [*results, *_train(suite, missing, results, reach, args)])
     with exit_on_error():
         if not results:
             raise ValueError(f"{args.results!r} has no finished run of the suite to report.")
@@ -92,6 +101,24 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     text = tables(report, results)
     print(f"\n{text}\nWrote these tables to {os.path.join(args.output, 'tables.md')}.")
     return 0
+
+
+def chosen(suite: Suite, runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
+    """Those of the runs whose task, variant and seed the options name.
+
+    Raises:
+        ValueError: If the suite has not what an option names.
+    """
+    for part in ("tasks", "variants", "seeds"):
+        for name in getattr(args, part) or ():
+            check_choice(f"--{part} of {suite.file!r}", name, tuple(getattr(suite, part)))
+    return [
+        run
+        for run in runs
+        if run.task in (args.tasks or suite.tasks)
+        and run.variant in (args.variants or suite.variants)
+        and run.seed in (args.seeds or suite.seeds)
+    ]
 
 
 def _train(
@@ -110,13 +137,6 @@ def _train(
             write_results(args.results, [*done, *results])
             print(f"{len(results):4} of {len(missing)}  {progress_line(result)}", flush=True)
     return results
-
-
-def _of_suite(suite: Suite, results: Sequence[Result]) -> list[Result]:
-    """The results of a suite's runs, in their order."""
-    found = {(result["task"], result["variant"], result["seed"]): result for result in results}
-    order = [(run.task, run.variant, run.seed) for run in suite.runs()]
-    return [found[run] for run in order if run in found]
 
 
 def num_cores() -> int:

@@ -7,7 +7,7 @@ BIN = $(VENV)/bin/python
 
 # Continues a demo that was stopped; a finished one is evaluated and drawn again.
 demo: setup
-	DETECTRON2_DATASETS=datasets "$(BIN)" -W ignore tools/demo.py --resume
+	DETECTRON2_DATASETS=datasets "$(BIN)" -W ignore tools/demo.py
 
 # Neighboring tests share models and stay together, until a process has nothing left to do.
 PYTEST = "$(BIN)" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from nonlocal_det.data import (
     image_rng,
     register_lamps,
     render_image,
+    render_scene,
     write_dataset,
 )
 from nonlocal_det.data.builtin import DATASETS
@@ -451,11 +453,40 @@ def test_the_lamp_is_the_last_object_if_annotated():
         y, x = np.nonzero(instances[-1].mask)
         assert (x.mean() + 0.5, y.mean() + 0.5) == pytest.approx(lamp.center, abs=0.1)
         assert len(x) == pytest.approx(math.pi * lamp.radius**2, rel=0.03)
-        annotation = lamps_coco._annotation(instances[-1], to_match=False)
+        annotation = lamps_coco._annotation(instances[-1], several=False)
         assert annotation["cue_distance"] < 0.05
     without = dataclasses.replace(DATASETS["lamps_long"].params, lamp_counts=False)
     same, fewer, _ = _render(3, params=without)
     assert (same == image).all() and len(fewer) == len(instances) - 1
+
+
+def test_a_quarter_of_the_images_is_unlit(tmp_path):
+    """Their shapes are of a class of their own; the others are those of the lamp's color."""
+    params = DATASETS["unlit_long"].params
+    unlit = 0
+    for index in range(200):
+        scene = render_scene(image_rng(0, "test", index), params)
+        (lamp,) = scene.lamps or [None]
+        unlit += lamp is None
+        category = 3 if lamp is None else lamp.color
+        cue = None if lamp is None else lamp.center
+        assert {(i.category, i.cue) for i in scene.instances} == {(category, cue)}
+        assert len(scene.instances) - len(scene.lamps) in (4, 5, 6)
+    assert 30 <= unlit <= 70  # of 200 by chance: 50, give or take three standard deviations
+    assert params.categories[3] == "unlit"
+    with pytest.raises(ValueError, match="render_scene for decided_by='lamp or unlit'"):
+        _render(0, params=params)
+
+    write_dataset(str(tmp_path), "val", 20, params=params)
+    content = json.loads(Path(lamps_coco.annotation_file(str(tmp_path), "val")).read_text())
+    numbers = {len(image["cues"]) for image in content["images"]}
+    assert numbers == {0, 1}
+    cues = {image["id"]: image["cues"] for image in content["images"]}
+    for annotation in content["annotations"]:
+        (cue,) = cues[annotation["image_id"]] or [None]
+        assert annotation["cue_xy"] == cue
+        assert (annotation["cue_distance"] is None) == (cue is None)
+    assert lamps_coco.read_params(lamps_coco.annotation_file(str(tmp_path), "val")) == params
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ BLOCK = re.compile(
 )
 FENCE = re.compile(r"^( *)(`{3,}).*?^\1\2$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python tools/|nonlocal-det |make |pip )[^`]+)`")
-DEMO = "lamps_mask_rcnn_R18_NL.yaml"
+DEMO = "demo_mask_rcnn_R18_C3_NL.yaml"
 # Run in full, by their beginning: seconds each, with the demo's model or none.
 CHEAP = (
     "python tools/visualize_attention.py --input",
@@ -134,9 +134,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image.convert("RGB").save(folder / "image.jpg")
     write_short_lamps(folder / "datasets")
     cfg = load_config(str(ROOT / "configs" / DEMO))
-    (folder / "output" / "demo").mkdir(parents=True)
-    weights = {"model": build_model(cfg).state_dict()}
-    torch.save(weights, folder / "output" / "demo" / "model_final.pth")
+    trained = folder / "output" / "demo" / "with_block"
+    trained.mkdir(parents=True)
+    torch.save({"model": build_model(cfg).state_dict()}, trained / "model_final.pth")
     for page in PAGES:
         for block in blocks_of(page, "python", "yaml"):
             if block.title:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -200,8 +201,16 @@ def opened(driver, page, tmp_path):
     resize(driver, 1366, 768)
     driver.get(path.as_uri())
     settle(driver)
+    release(driver)
     yield driver
     assert driver.get_log("browser") == []
+
+
+def release(driver) -> None:
+    """Release the pin with which a page opens, so that the pointer moves the point."""
+    from selenium.webdriver.common.keys import Keys
+
+    press(driver, Keys.ESCAPE)
 
 
 def settle(driver) -> None:
@@ -349,6 +358,47 @@ def pixels(driver) -> np.ndarray:
         HEIGHT,
     )
     return np.array(data, float).reshape(HEIGHT, WIDTH, 4)[..., :3]
+
+
+def test_the_page_opens_on_the_first_detection(opened, recorder):
+    """Pinned, so that the pointer, wherever it is, does not change what one sees first."""
+    opened.refresh()
+    settle(opened)
+    mouse(opened, "mouseMoved", 100, 60)
+    assert point(opened) == list(QUERIES[0].point)
+    assert_is_the_recorders(opened, recorder, "plain", QUERIES[0].point)
+    pressed = "return [...document.querySelectorAll('#queries button')].map(b => b.ariaPressed)"
+    assert opened.execute_script(pressed) == ["true", "false"]
+    assert "the brighter a place, the larger its attention weight" in text(opened, "lead")
+
+
+def test_the_largest_weight_is_told_in_words(opened, recorder):
+    for x, y in [(30.0, 30.0), (100.0, 70.0), (3.0, 77.0)]:
+        mouse(opened, "mouseMoved", x, y)
+        [(weights, _)] = recorder.attention_rows("plain", [(x, y)])
+        [(key_x, key_y, largest)] = recorder.top_k("plain", (x, y), 1)
+        found = re.search(r"([\d.]+) times the mean, (.*)\.", text(opened, "readout"))
+        assert float(found[1]) == pytest.approx(largest / weights.mean(), rel=0.06)
+        side, length = found[2].split(", ")[-1], math.hypot(key_x - x, key_y - y)
+        if abs(key_x - x) <= 8 and abs(key_y - y) <= 8:
+            assert side == "at the point itself"
+            continue
+        assert f"{length:.0f} pixels away" in found[2]
+        sideways = "to the right" if key_x > x else "to the left"
+        assert side == (
+            sideways if abs(key_x - x) >= abs(key_y - y) else "below" if key_y > y else "above"
+        )
+
+
+def test_the_map_can_be_hidden(opened):
+    press(opened, "a")
+    mouse(opened, "mouseMoved", 30, 30)
+    assert (pixels(opened)[60:, 80:] > 0).any()
+    press(opened, "m")
+    assert (pixels(opened)[60:, 80:] == 0).all()
+    assert opened.execute_script("return document.getElementById('map').checked") is False
+    press(opened, "m")
+    assert (pixels(opened)[60:, 80:] > 0).any()
 
 
 def test_click_pins_and_releases(opened):

@@ -24,7 +24,6 @@ from nonlocal_det.cli import (
     ablate,
     analyze,
     benchmark,
-    demo,
     export,
     lazy_train,
     measure_attention,
@@ -213,7 +212,6 @@ RUNS = {
     "train": (train, ["--config-file", "given.yaml", *SETTINGS]),
     "evaluate": (train, ["--config-file", "given.yaml", "--eval-only", *SETTINGS]),
     "lazy-train": (lazy_train, ["--config-file", "lazy/mask_rcnn_R50_NL.py", "train.output_dir=."]),
-    "demo": (demo, ["--config-file", "given.yaml", *SETTINGS]),
 }
 
 
@@ -226,8 +224,6 @@ def test_runs_keep_files_of_no_run(name, lamps, tmp_path, monkeypatch, capsys):
     names = ["config.yaml", "log.txt"]
     if name != "evaluate":
         names += ["metrics.json", "model_final.pth"]
-    if name == "demo":
-        names += ["coco_eval.txt", "attention"]
     for file in names:
         said = f"{file}' would be overwritten, and '.' is not the"
         assert_kept(tmp_path / file, said, lambda: command.main(arguments))

@@ -1,4 +1,4 @@
-"""Real runs of tools/train_net.py: training, COCO evaluation, resuming; and of tools/demo.py.
+"""Real runs of tools/train_net.py: training, COCO evaluation, resuming.
 
 Mutations tried by hand; each makes at least one test here fail: evaluating without loading the
 weights; ignoring --resume.
@@ -14,8 +14,6 @@ import pytest
 import torch
 from tiny_training import write_short_lamps
 from tool_process import run_tool
-
-from nonlocal_det.cli.demo import parse_args, print_table
 
 PROJECT = Path(__file__).parents[1]
 COCO = PROJECT.parent / "shared" / "data" / "coco"
@@ -81,50 +79,6 @@ def test_training_resumes(trained: Path, datasets: Path) -> None:
     done = train_net(LAMPS, *options, datasets=datasets)
     assert "Starting training from iteration 2" in done.stdout
     assert torch.load(trained / "model_final.pth", weights_only=True)["iteration"] == 3
-
-
-@pytest.mark.slow
-def test_the_demo_shows_its_results_and_the_attention(datasets: Path, tmp_path: Path) -> None:
-    def demo(*arguments: object, **options: bool) -> subprocess.CompletedProcess[str]:
-        output = ("OUTPUT_DIR", tmp_path)
-        return run_tool("demo", *arguments, *SMALL, *output, env=environment(datasets), **options)
-
-    done = demo()
-    results, lines = last_results(tmp_path), done.stdout.splitlines()
-    (titles,) = (line.split() for line in lines if line.split()[:1] == ["AP"])
-    for task, name in (("bbox", "box"), ("segm", "mask")):
-        (row,) = (line.split()[1:] for line in lines if line.split()[:1] == [name])
-        keys = [title if title.startswith("AP") else f"AP-{title}" for title in titles]
-        assert row == [f"{results[f'{task}/{key}']:.1f}" for key in keys]
-    figures = [Path(line.strip()) for line in lines if line.endswith(".png")]
-    assert len(figures) == 6 and all(figure.parent == tmp_path / "attention" for figure in figures)
-    assert all(figure.stat().st_size for figure in figures)
-    assert str(tmp_path / "model_final.pth") in lines[-1]
-
-    trained = (tmp_path / "model_final.pth").read_bytes()
-    assert "--resume" in demo(fails=True).stderr
-    table = [line for line in lines if line.split()[:1] in (["box"], ["mask"])]
-    for flags in (["--eval-only", "--resume"], ["--resume"]):
-        again = demo(*flags).stdout.splitlines()
-        assert [line for line in again if line.split()[:1] in (["box"], ["mask"])] == table
-        assert (tmp_path / "model_final.pth").read_bytes() == trained
-    assert (tmp_path / "log.txt").read_text().count("Starting training from iteration 0") == 1
-
-
-def test_the_demo_runs_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_args(["--num-gpus", "2"])
-    assert "the demo runs in one process" in capsys.readouterr().err
-
-
-def test_the_demo_prints_each_number_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("AP", "AP50", "AP75", "AP-teal")
-    print_table({"bbox": dict(zip(names, (1, 2, 3, 4))), "segm": dict(zip(names, (5, 6, 7, 8)))})
-    assert [line.split() for line in capsys.readouterr().out.strip().splitlines()] == [
-        ["AP", "AP50", "AP75", "teal"],
-        ["box", "1.0", "2.0", "3.0", "4.0"],
-        ["mask", "5.0", "6.0", "7.0", "8.0"],
-    ]
 
 
 def few_coco_images(root: Path) -> Path:

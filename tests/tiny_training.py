@@ -16,7 +16,8 @@ from tiny_models import zoo_config
 from tool_process import ROOT, start_script, wait
 
 from nonlocal_det.data import LampsParams, write_dataset
-from nonlocal_det.data.lamps.writer import SPLITS, annotation_file
+from nonlocal_det.data.builtin import DATASETS
+from nonlocal_det.data.lamps.writer import annotation_file
 
 DATASET = "tiny_lamps"
 IMAGE_PARAMS = LampsParams(side=(48, 80), num_shapes=(1, 2), shape_size=(16, 24), lamp_size=(8, 10))
@@ -92,14 +93,14 @@ def register(data: Path) -> None:
     )
 
 
-def write_short_lamps(root: Path) -> Path:
-    """Write a lamps dataset of 20 images that the tools take for the whole one; return ``root``."""
-    folder = str(root / "lamps")
+def write_short_lamps(root: Path, name: str = "lamps") -> Path:
+    """Write 20 images of a lamps dataset that the tools take for the whole one; return ``root``."""
+    folder, dataset = str(root / name), DATASETS[name]
     for split, count in (("train", 12), ("val", 8)):
-        write_dataset(folder, split, count)
+        write_dataset(folder, split, count, params=dataset.params)
         file = Path(annotation_file(folder, split))
         content = json.loads(file.read_text())
-        content["info"]["count"] = SPLITS[split]
+        content["info"]["count"] = dataset.splits[split]
         file.write_text(json.dumps(content))
     return root
 

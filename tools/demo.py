@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a small detector on the lamps dataset and draw its attention: ``nonlocal-det demo``."""
+"""Train two small detectors, without and with a block, and compare: ``nonlocal-det demo``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Box AP by the distance of an object from the cue that decides its class, and whatever the class.
+"""AP by the distance of an object from the cue that decides its class, and whatever the class.
 
 By distance, this is COCO's evaluation by size, with the distance in place of the area: an object
 outside a range is ignored, and so is a detection that matches it. A detection's distance is that of
@@ -25,7 +25,11 @@ from pycocotools.cocoeval import COCOeval
 
 
 def ap_by_distance(
-    json_file: str, detections: list[dict[str, Any]], edges: Sequence[float]
+    json_file: str,
+    detections: list[dict[str, Any]],
+    edges: Sequence[float],
+    *,
+    iou_type: str = "bbox",
 ) -> list[dict[str, float]]:
     """Compute the AP over the objects in each range of distances from their cue.
 
@@ -34,8 +38,9 @@ def ap_by_distance(
             ``cue_xy`` in pixels, or a list of ``cues``; then each annotation has ``cue_xy``, one of
             them or null.
         detections: Detections in COCO's results format: ``image_id``, ``category_id``, ``bbox`` (x,
-            y, width, height in pixels) and ``score``.
+            y, width, height in pixels) and ``score``; for masks also ``segmentation``.
         edges: Ends of the ranges in pixels, ascending; R + 1 of them for R ranges [low, high).
+        iou_type: What is compared, as in pycocotools: "bbox" or "segm".
 
     Returns:
         For each range ``low`` and ``high``, the ``count`` of its objects, and their ``AP`` and
@@ -50,7 +55,7 @@ def ap_by_distance(
             raise ValueError(f"The images of {json_file!r} have no 'cue_xy', so no distance.")
         for image in truth.imgs.values():
             _set_distances(image, truth.imgToAnns[image["id"]], found.imgToAnns[image["id"]])
-        evaluation = COCOeval(truth, found, "bbox")
+        evaluation = COCOeval(truth, found, iou_type)
         # COCO's ranges include both of their ends.
         ranges = [[low, math.nextafter(high, low)] for low, high in zip(edges, edges[1:])]
         evaluation.params.areaRng = ranges

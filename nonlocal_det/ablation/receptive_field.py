@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from torch import nn
 
@@ -43,3 +46,18 @@ def receptive_field_radius(
     model.to(dtype).train(training)
     influenced = centers[pooled.flatten(1).isnan().any(dim=1).cpu()]
     return float(influenced.max()) if len(influenced) else 0.0
+
+
+def cue_reach(cfg: CfgNode, cue_radius: float) -> float:
+    """Distance in pixels from which on a cue is outside a model's receptive field.
+
+    It is measured from the center of the largest object, to the center of the cue.
+
+    Args:
+        cfg: Config of the model, whose first dataset for testing has images of one size.
+        cue_radius: Radius of a cue around its center, pixels.
+    """
+    dataset = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    size = max(max(a["bbox"][2:]) for image in dataset for a in image["annotations"])
+    shape = dataset[0]["width"], dataset[0]["height"]
+    return receptive_field_radius(build_model(cfg), size, *shape) + cue_radius

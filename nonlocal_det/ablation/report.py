@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
 
 from ..benchmark.report import processor_name
 from ..config import load_config
@@ -17,7 +15,7 @@ from ..utils.file_io import atomic_write
 from ..utils.plotting import save_figure
 from .costs import measure_costs
 from .plot import distance_plot
-from .receptive_field import receptive_field_radius
+from .receptive_field import cue_reach
 from .results import Result
 from .statistics import tables
 from .suite import Suite
@@ -44,19 +42,15 @@ def make_report(suite: Suite, reach: float) -> dict[str, Any]:
 
 
 def baseline_reach(suite: Suite) -> float:
-    """Distance in pixels from which on a cue is outside the baseline's receptive field.
+    """Distance from which on a cue is outside the baseline's receptive field, by `cue_reach`.
 
-    It is measured from the center of the largest object, to the center of the cue; 0 if the suite
-    has no distances.
+    It is 0 if the suite has no distances.
     """
     if not suite.distances:
         return 0
     task = next(iter(suite.tasks))
     cfg = load_config(suite.config, suite.options(task, suite.baseline, suite.seeds[0]))
-    dataset = DatasetCatalog.get(cfg.DATASETS.TEST[0])
-    size = max(max(a["bbox"][2:]) for image in dataset for a in image["annotations"])
-    shape = dataset[0]["width"], dataset[0]["height"]
-    return receptive_field_radius(build_model(cfg), size, *shape) + suite.cue_radius
+    return cue_reach(cfg, suite.cue_radius)
 
 
 def write_report(report: dict[str, Any], results: Sequence[Result], folder: str) -> None:

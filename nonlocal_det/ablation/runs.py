@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,6 +20,7 @@ from detectron2.config import CfgNode
 from ..config import differing_settings, load_config, settings_digest
 from ..engine import check_dataset_registered
 from ..engine.run_info import read_run_info
+from ..engine.training_process import failure_message, is_just_begun, start_training
 from ..modeling.supported_positions import check_positions
 from ..utils.file_io import atomic_write
 from .evaluate import evaluate_run
@@ -29,11 +28,8 @@ from .results import Result
 from .suite import Run, Suite
 
 RESULT = "result.json"
-LOG = "output.txt"
-PROMPT = b"$ "  # begins the log of a run
 # Keys of a result.
 KEYS = ("task", "variant", "seed", "settings", "metrics", "learned_at", "run")
-TRAIN_COMMAND = (sys.executable, "-m", "nonlocal_det", "train")
 
 
 def check_runs(suite: Suite, runs: Sequence[Run], output: str) -> None:
@@ -70,7 +66,7 @@ def check_same_run(folder: str, cfg: CfgNode) -> None:
         FileExistsError: If it has other files.
     """
     config = os.path.join(folder, "config.yaml")
-    if not os.path.exists(folder) or _is_just_begun(folder):
+    if not os.path.exists(folder) or is_just_begun(folder):
         return
     if not os.path.isfile(config):
         raise FileExistsError(
@@ -86,15 +82,6 @@ def check_same_run(folder: str, cfg: CfgNode) -> None:
             f"{folder!r} has a run of another configuration: {'; '.join(differing[:3])}"
             f"{'; ...' if len(differing) > 3 else ''}. Move it, or choose another --output."
         )
-
-
-def _is_just_begun(folder: str) -> bool:
-    """Whether a folder is empty, or a run ended before it had written its configuration."""
-    names = os.listdir(folder)
-    if names == [LOG]:
-        with open(os.path.join(folder, LOG), "rb") as log:
-            return log.read(len(PROMPT)) == PROMPT
-    return not names
 
 
 def missing_runs(suite: Suite, results: Iterable[Result], reach: float) -> list[Run]:
@@ -199,21 +186,10 @@ def train(suite: Suite, run: Run, output: str, threads: int, reach: float) -> Re
     result = read_result(folder)
     if result is not None:
         return result
-    os.makedirs(folder, exist_ok=True)
     start = time.perf_counter()
-    command = [*TRAIN_COMMAND, "--config-file", suite.config, "--resume", *options]
-    command += ["OUTPUT_DIR", folder]
-    with open(os.path.join(folder, LOG), "ab") as log:
-        log.write(PROMPT + shlex.join(command).encode() + b"\n")
-        log.flush()
-        done = subprocess.run(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    if done.returncode:
-        raise RuntimeError(f"{run.folder} failed with exit code {done.returncode}: see {log.name}.")
+    exit_code = start_training(suite.config, options, folder, threads=threads).wait()
+    if exit_code:
+        raise RuntimeError(failure_message(folder, exit_code))
     result = {
         "task": run.task,
         "variant": run.variant,

@@ -14,6 +14,7 @@ from .geometry import Grid
 from .overlay import (
     draw_arrows,
     draw_box,
+    draw_mask,
     draw_point,
     overlay_attention,
     overlay_instances,

@@ -7,6 +7,7 @@ center of its first pixel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Optional
@@ -122,10 +123,12 @@ def draw_arrows(
     top_keys: Sequence[tuple[float, float, float]],
     *,
     color: tuple[int, int, int] = ACCENT,
+    bow: float = 0.0,
 ) -> np.ndarray:
     """Draw arrows from a query point to keys, as in Figure 3 of Wang et al., CVPR 2018.
 
-    Keys with less than a twentieth of the largest weight get no arrow.
+    Keys with less than a twentieth of the largest weight get no arrow. An arrow ends beside its
+    key, which stays visible.
 
     Args:
         image: RGB uint8 image (H, W, 3).
@@ -133,6 +136,7 @@ def draw_arrows(
         top_keys: Keys (x, y, weight) in pixels of ``image``; arrows fade with the magnitude of
             the weight.
         color: RGB color of the arrows.
+        bow: Height of the arrows' arcs in pixels of ``image``; upwards if positive.
 
     Returns:
         RGB uint8 image (H, W, 3).
@@ -145,7 +149,7 @@ def draw_arrows(
         if abs(weight) < largest / 20:
             continue
         layer = result.copy()
-        _paint_arrow(layer, point, (x, y), width, color)
+        _paint_arrow(layer, point, (x, y), width, color, bow)
         alpha = 0.25 + 0.75 * abs(weight) / largest
         result = cv2.addWeighted(layer, alpha, result, 1 - alpha, 0)
     return _with_disc(result, point, 2.2 * width, color)
@@ -157,23 +161,31 @@ def _paint_arrow(
     end: tuple[float, float],
     width: float,
     color: tuple[int, int, int],
+    bow: float,
 ) -> None:
     """Draw an arrow in place, with a dark outline; a disc if the arrow has hardly any length."""
     a, b = np.array(start), np.array(end)
-    length = float(np.linalg.norm(b - a))
-    if length < 6 * width:
+    if float(np.linalg.norm(b - a)) < 9 * width:
         _paint_disc(image, end, 1.6 * width, color)
         return
-    direction = (b - a) / length
-    normal = np.array([-direction[1], direction[0]])
-    neck = b - direction * 4.5 * width
-    head = np.array([b, neck + normal * 2.1 * width, neck - normal * 2.1 * width])
+    # A parabola whose vertex is ``bow`` above the middle; the head ends short of the key.
+    control = (a + b) / 2 - [0, 2 * bow]
+    t = np.linspace(0, 1, 1025)[:, None]
+    path = (1 - t) ** 2 * a + 2 * t * (1 - t) * control + t**2 * b
+    left = np.linalg.norm(path - b, axis=1)
+    shaft, tip = path[left >= 6.5 * width], path[left >= 2 * width][-1]
+    direction = (tip - shaft[-1]) / np.linalg.norm(tip - shaft[-1])
+    normal = np.array([-direction[1], direction[0]]) * 2.1 * width
+    head = [tip, shaft[-1] + normal, shaft[-1] - normal]
+    shaft_points, head_points = (
+        np.array([_fixed_point(corner) for corner in corners]) for corners in (shaft, head)
+    )
     for ink, extra in ((_INK, 1.0), (color, 0.0)):
         thickness = max(round(width + extra), 1)
-        cv2.line(image, _fixed_point(a), _fixed_point(neck), ink, thickness, cv2.LINE_AA, _SHIFT)
-        points = np.array([_fixed_point(corner) for corner in head])
-        cv2.polylines(image, [points], True, ink, max(round(2 * extra), 1), cv2.LINE_AA, _SHIFT)
-        cv2.fillPoly(image, [points], ink, cv2.LINE_AA, _SHIFT)
+        cv2.polylines(image, [shaft_points], False, ink, thickness, cv2.LINE_AA, _SHIFT)
+        outline = max(round(2 * extra), 1)
+        cv2.polylines(image, [head_points], True, ink, outline, cv2.LINE_AA, _SHIFT)
+        cv2.fillPoly(image, [head_points], ink, cv2.LINE_AA, _SHIFT)
 
 
 def draw_point(
@@ -223,7 +235,12 @@ def _fixed_point(point: Any) -> tuple[int, int]:
 
 
 def _line_width(image: np.ndarray) -> float:
-    return max(max(image.shape[:2]) / 320, 1.0)
+    return max(_size(image) / 260, 1.0)
+
+
+def _size(image: np.ndarray) -> float:
+    """The side of a square of the image's area: marks suit wide images, too."""
+    return math.sqrt(image.shape[0] * image.shape[1])
 
 
 def draw_box(
@@ -258,7 +275,7 @@ def _with_label(
     image: np.ndarray, corner: tuple[float, float], text: str, color: tuple[int, int, int]
 ) -> np.ndarray:
     height, width = image.shape[:2]
-    font = _font(max(round(max(height, width) / 42), 9))
+    font = _font(max(round(_size(image) / 34), 9))
     canvas = Image.fromarray(image)
     pen = ImageDraw.Draw(canvas)
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
@@ -278,6 +295,36 @@ def _with_label(
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib ships, at a size in pixels."""
     return ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans"), size)
+
+
+def draw_mask(
+    image: np.ndarray,
+    mask: np.ndarray,
+    *,
+    color: tuple[int, int, int] = ACCENT,
+    opacity: float = 0.5,
+) -> np.ndarray:
+    """Fill a mask and draw its outline, smooth at the resolution of the image.
+
+    Args:
+        image: RGB uint8 image (H, W, 3), to which the mask is scaled.
+        mask: Boolean mask of any size.
+        color: RGB color.
+        opacity: Opacity of the area, from 0 to 1; the outline is opaque.
+
+    Returns:
+        RGB uint8 image (H, W, 3).
+    """
+    check_image(image)
+    soft = _resized_mask(mask, image.shape[1::-1])
+    # Distance from the edge, in pixels of the image, where it is small: soft is a blurred step.
+    inside = np.clip((soft - 0.5) * 4 + 0.5, 0, 1)
+    width = _line_width(image)
+    signed = cv2.distanceTransform((soft > 0.5).astype(np.uint8), cv2.DIST_L2, 5)
+    signed -= cv2.distanceTransform((soft <= 0.5).astype(np.uint8), cv2.DIST_L2, 5)
+    line = np.clip(width / 2 + 0.5 - np.abs(signed - np.sign(signed) * 0.5), 0, 1)
+    alpha = np.maximum(opacity * inside, line)[..., None]
+    return (image * (1 - alpha) + np.array(color) * alpha + 0.5).astype(np.uint8)
 
 
 def overlay_instances(
@@ -308,7 +355,8 @@ def overlay_instances(
     masks = keypoints = None
     if instances.has("pred_masks"):
         masks = [
-            _resized_mask(mask, (width, height)) for mask in instances.pred_masks.cpu().numpy()
+            _resized_mask(mask, (width, height)) > 0.5
+            for mask in instances.pred_masks.cpu().numpy()
         ]
     if instances.has("pred_keypoints"):
         keypoints = instances.pred_keypoints.cpu().numpy() * [*factor, 1.0]
@@ -325,10 +373,13 @@ def overlay_instances(
 
 
 def _resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a boolean mask (H, W) to (width, height); larger ones get smooth edges, not stairs."""
+    """Resize a boolean mask (H, W) to (width, height), as floats from 0 to 1; its edge is at 0.5.
+
+    Enlarged ones get smooth edges, not stairs.
+    """
     resized = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
     blur = 0.7 * size[0] / mask.shape[1]
     if blur > 1:
         # A border of the same values: masks that reach the border of the image still do.
         resized = cv2.GaussianBlur(resized, (0, 0), blur, borderType=cv2.BORDER_REPLICATE)
-    return resized > 0.5
+    return resized

@@ -25,7 +25,7 @@ COMMANDS = {
     "train": "train or evaluate a detector from a YAML config",
     "lazy-train": "train or evaluate a detector from a LazyConfig",
     "check-data": "validate a COCO dataset before training",
-    "demo": "train a small detector on the lamps dataset and draw its attention",
+    "demo": "train two small detectors, without and with a block, and compare what they see",
     "visualize": "draw detections and the attention behind each of them",
     "measure-attention": "compute attention statistics of each block over a dataset",
     "analyze": "count the parameters and FLOPs that the blocks add",

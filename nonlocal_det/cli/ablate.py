@@ -21,6 +21,7 @@ from ..ablation.runs import KEYS, check_runs, missing_runs, results_of, train_al
 from ..ablation.statistics import tables
 from ..ablation.suite import Run, Suite, read_suite
 from ..config import load_config
+from ..engine.training_process import num_cores
 from ..errors import exit_on_error
 from ..utils.file_io import ensure_writable_dir
 from ..utils.outputs import CommandOutputs
@@ -137,12 +138,6 @@ def _train(
             write_results(args.results, [*done, *results])
             print(f"{len(results):4} of {len(missing)}  {progress_line(result)}", flush=True)
     return results
-
-
-def num_cores() -> int:
-    """Number of CPU cores that this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def progress_line(result: Result) -> str:

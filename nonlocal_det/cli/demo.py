@@ -1,196 +1,250 @@
-"""Train a small Mask R-CNN with a non-local block, evaluate it, and draw the block's attention.
+"""Train two small Mask R-CNNs, without and with a non-local block, and compare what they see.
 
     nonlocal-det demo
 
-It trains from scratch, on the lamps dataset, on the CPU, and takes some minutes. All output goes to
-``output/demo``. Options are those of ``nonlocal-det train``, except for several processes:
-``--resume`` continues a stopped demo; ``--eval-only`` evaluates MODEL.WEIGHTS, and draws.
+Both train from scratch, side by side, on wide synthetic images (lamps_long), on the CPU, and take
+some minutes. It ends with a table and with a page, index.html in the output directory. A demo that
+was stopped continues; a finished one is evaluated and drawn again. Options at the end, KEY VALUE,
+override the config of both models.
 """
 
 from __future__ import annotations
 
-import logging
+import argparse
+import math
 import os
-import sys
-import time
-from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
-import cv2
 import torch
-import torch.nn as nn
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser
-from detectron2.utils.events import EventWriter, get_event_storage
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.file_io import PathManager
 
-from ..attention import AttentionRecorder, detection_figure
-from ..checkpoint.detection_checkpoint import NonLocalCheckpointer
-from ..checkpoint.latest import latest_checkpoint
+from ..ablation.receptive_field import cue_reach
+from ..benchmark.report import processor_name
 from ..checkpoint.predictor import Predictor
-from ..engine import Trainer, load_and_check_cfg, setup
-from ..engine.output_dir import check_run_folder, lock_output_dir
-from ..errors import TrainingError, exit_on_error
+from ..config import load_config
+from ..data.lamps.writer import read_params
+from ..demo.attending import Attending
+from ..demo.outcome import (
+    Scene,
+    attention_on_cue,
+    box_ap_by_distance,
+    chosen_scenes,
+    read_detections,
+    read_scenes,
+    scores,
+    share_right,
+)
+from ..demo.page import Row, View, demo_page, number
+from ..demo.side_by_side import Model, train_models, two_models
+from ..demo.strips import comparison_figure, draw_scene
+from ..engine.training_process import num_cores
+from ..errors import exit_on_error
+from ..utils.file_io import atomic_write, ensure_writable_dir
+from ..utils.outputs import CommandOutputs
 from ..utils.plotting import save_figure
 from . import program_name
 
-CONFIG = "lamps_mask_rcnn_R18_NL"
+CONFIG = "demo_mask_rcnn_R18_C3_NL"
 OUTPUT = os.path.join("output", "demo")
-EVALUATION_LOG = "coco_eval.txt"
-NUM_FIGURES = 6
-METRICS = ("AP", "AP50", "AP75")
+NUM_SCENES = 6
+NUM_FIGURE_SCENES = 3
+WITHOUT, WITH = 0, 1  # indices of the models
+MIN_COUNT = 20  # shapes that a point of the plot stands for, at least
+PAGE, FIGURE, EXPLORERS = "index.html", "comparison.png", "explorer"
+NEXT_COMMAND = "python tools/visualize_attention.py --html --output output/mine --input IMAGE"
 
 
-class DemoTrainer(Trainer):
-    """The trainer with one short line of progress, and the output of pycocotools in a file."""
-
-    def build_writers(self) -> list[EventWriter]:
-        """detectron2's writers, with a short line on the screen instead of the long one."""
-        return [*super().build_writers()[1:], ProgressLine(self.max_iter)]
-
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Mapping[str, float]]:
-        """Evaluate; returns COCO's metrics by task."""
-        print(f"\nEvaluating on {len(DatasetCatalog.get(cfg.DATASETS.TEST[0]))} images ...")
-        with open(os.path.join(cfg.OUTPUT_DIR, EVALUATION_LOG), "w", encoding="utf-8") as file:
-            with redirect_stdout(file):
-                return super().test(cfg, model)
-
-    def train(self) -> dict[str, Mapping[str, float]]:
-        """Train and evaluate; returns COCO's metrics by task."""
-        super().train()
-        return self._last_eval_results
-
-
-class ProgressLine(EventWriter):
-    """Prints the iteration, the loss, and the time left."""
-
-    def __init__(self, last: int) -> None:
-        self._last = last
-        self._start = time.perf_counter()
-
-    def write(self) -> None:
-        """Print the line; detectron2 calls this every 20 iterations."""
-        storage = get_event_storage()
-        done = storage.iter + 1
-        if done > self._last:  # after the evaluation
-            return
-        left = (time.perf_counter() - self._start) / done * (self._last - done)
-        loss = storage.history("total_loss").median(20)
-        print(
-            f"  iteration {done:4d} of {self._last}   loss {loss:.2f}   "
-            f"{int(left) // 60}:{int(left) % 60:02d} left",
-            flush=True,
-        )
-
-
-def log_to_file(folder: str) -> None:
-    """Write detectron2's log to ``folder``, and show only its warnings on the screen.
-
-    setup_logger caches by its arguments: these are the ones that default_setup will use.
-    """
-    fvcore = setup_logger(folder, distributed_rank=0, name="fvcore")
-    for logger in (fvcore, setup_logger(folder, distributed_rank=0)):
-        for handler in logger.handlers:
-            if handler.stream is sys.stdout:
-                handler.setLevel(logging.WARNING)
-
-
-def print_table(results: Mapping[str, Mapping[str, float]]) -> None:
-    """Print box and mask AP, and the AP of each category."""
-    classes = [key for key in results["bbox"] if key.startswith("AP-")]
-    columns = [*METRICS, *classes]
-    print("\n        " + "".join(f"{column.replace('AP-', ''):>9}" for column in columns))
-    for task, name in (("bbox", "box"), ("segm", "mask")):
-        print(f"  {name:6}" + "".join(f"{results[task][column]:9.1f}" for column in columns))
-
-
-def draw(cfg: CfgNode) -> list[str]:
-    """Draw detections in some validation images, and the attention map of each; returns paths."""
-    dataset = cfg.DATASETS.TEST[0]
-    predictor = Predictor(cfg)
-    paths = []
-    for dataset_dict in DatasetCatalog.get(dataset)[:NUM_FIGURES]:
-        image = cv2.imread(dataset_dict["file_name"])
-        with AttentionRecorder(predictor.model) as recorder:
-            found = predictor(image)["instances"].to("cpu")
-        figure = detection_figure(
-            cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
-            found[found.scores > 0.5],
-            recorder,
-            metadata=MetadataCatalog.get(dataset),
-            color_by_class=True,
-        )
-        name = os.path.splitext(os.path.basename(dataset_dict["file_name"]))[0]
-        paths.append(os.path.join(cfg.OUTPUT_DIR, "attention", f"{name}.png"))
-        save_figure(figure, paths[-1])
-    return paths
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> Namespace:
-    """Parse detectron2's standard options, except for several processes."""
-    parser: ArgumentParser = default_argument_parser(__doc__)
-    parser.prog = program_name("demo")
-    args = parser.parse_args(argv)
-    if args.num_gpus > 1 or args.num_machines > 1:
-        parser.error("the demo runs in one process: leave out --num-gpus and --num-machines.")
-    args.config_file = args.config_file or CONFIG
-    args.opts = ["OUTPUT_DIR", OUTPUT, *args.opts]
-    return args
-
-
-def start(args: Namespace) -> CfgNode:
-    """Check everything and start the log, in a file."""
-    cfg = load_and_check_cfg(args).cfg
-    check_run_folder(
-        cfg.OUTPUT_DIR,
-        eval_only=args.eval_only,
-        resume=args.resume,
-        others=("attention", EVALUATION_LOG),
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse the options."""
+    parser = argparse.ArgumentParser(
+        prog=program_name("demo"), description=(__doc__ or "").split("\n\n")[0]
     )
-    if not args.eval_only:
-        lock_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
-    log_to_file(cfg.OUTPUT_DIR)
-    return setup(args)
+    add = parser.add_argument
+    add("--config-file", default=CONFIG, help=f"config of the model with a block ({CONFIG})")
+    add("--output", default=OUTPUT, metavar="DIR", help=f"output directory (default: {OUTPUT})")
+    add("opts", nargs=argparse.REMAINDER, help="config options at the end: KEY VALUE ...")
+    return parser.parse_args(argv)
 
 
-def train(cfg: CfgNode, resume: bool) -> tuple[dict[str, Mapping[str, float]], str]:
-    """Train and evaluate; returns COCO's metrics by task, and the path of the weights."""
-    positions = ", ".join(cfg.MODEL.NONLOCAL.POSITIONS)
-    print(f"Training a Mask R-CNN R18-FPN with a non-local block at {positions} ...")
-    with exit_on_error():
-        trainer = DemoTrainer(cfg)
-        trainer.resume_or_load(resume)
-    with exit_on_error(TrainingError):
-        return trainer.train(), os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+@dataclass(frozen=True)
+class Data:
+    """The validation images.
+
+    Attributes:
+        json_file: Their annotations.
+        image_root: Their folder.
+        class_names: Names of the classes.
+        colors: RGB color of each class.
+        reach: Distance from which on a lamp is outside the stock model's receptive field, pixels.
+    """
+
+    json_file: str
+    image_root: str
+    class_names: list[str]
+    colors: list[tuple[int, int, int]]
+    reach: float
 
 
-def evaluate(cfg: CfgNode, resume: bool) -> tuple[dict[str, Mapping[str, float]], str]:
-    """Evaluate; returns COCO's metrics by task, and the path of the weights."""
-    weights = (latest_checkpoint(cfg.OUTPUT_DIR) if resume else "") or cfg.MODEL.WEIGHTS
-    with exit_on_error(TrainingError):
-        model = DemoTrainer.build_model(cfg)
-        NonLocalCheckpointer(model).load(weights)
-        return DemoTrainer.test(cfg, model), weights
+def prepare(cfg: CfgNode, without: Model, config_file: str) -> Data:
+    """Generate the images, and find how far the stock model sees."""
+    name = cfg.DATASETS.TEST[0]
+    DatasetCatalog.get(name)
+    metadata = MetadataCatalog.get(name)
+    json_file = PathManager.get_local_path(metadata.json_file)
+    params = read_params(json_file)
+    read_scenes(json_file, (), params)
+    stock = load_config(config_file, without.options)
+    return Data(
+        json_file,
+        metadata.image_root,
+        list(metadata.thing_classes),
+        [tuple(color) for color in metadata.thing_colors],
+        cue_reach(stock, params.glow_radius),
+    )
+
+
+def make_row(data: Data, model: Model, scenes: Sequence[Scene], index: int) -> Row:
+    """A model's row of the table, and its curve."""
+    detections = read_detections(model.detections)
+    aps = scores(data.json_file, detections, data.reach)
+    distances = [shape.distance for scene in scenes for shape in scene.shapes]
+    longest = max(d for d in distances if not math.isnan(d))
+    near, far = (
+        (*(aps[kind][i]["AP"] for kind in ("box", "mask")), 100 * share)
+        for i, share in enumerate(
+            share_right(scenes, index, *ends) for ends in ((0, data.reach), (data.reach,))
+        )
+    )
+    by_distance = box_ap_by_distance(data.json_file, detections, longest)
+    curve = [
+        ((r["low"] + r["high"]) / 2, r["AP50"]) for r in by_distance if r["count"] >= MIN_COUNT
+    ]
+    return Row(model.name, near, far, curve)
+
+
+def print_table(rows: Sequence[Row], data: Data) -> None:
+    """Print what both models reach."""
+    limit = f"{data.reach:.0f} px"
+    print(f"\n  {'':16}{f'lamp nearer than {limit}':^28}{f'lamp beyond {limit}':^28}")
+    print(f"  {'':16}" + f"{'box AP':>9}{'mask AP':>9}{'right':>9} " * 2)
+    for row in rows:
+        cells = [f"{number(value):>9}" for value in (*row.near, *row.far)]
+        print(f"  {row.name:16}{''.join(cells[:3])} {''.join(cells[3:])}")
+    print(
+        "\n  AP as of COCO, of the shapes with a lamp at that distance; right: percentage of them "
+        "whose\n  most confident detection is of their class. Guessing a lamp's color would get 33."
+    )
+
+
+def make_views(
+    data: Data, scenes: Sequence[Scene], attending: Attending, folder: str, outputs: CommandOutputs
+) -> list[View]:
+    """Draw images as both models see them, and write their explorer pages."""
+    views = []
+    with outputs.drafts(os.path.join(folder, EXPLORERS)) as drafts:
+        for scene in scenes:
+            image = attending.image(scene)
+            attended = {
+                "attn_map": attending.mean_map(scene),
+                "top_keys": attending.top_keys([scene])[scene.image_id],
+            }
+            name = f"{Path(scene.file_name).stem}.html"
+            with atomic_write(os.path.join(drafts, name)) as file:
+                file.write(attending.explorer(scene))
+            views.append(
+                View(
+                    scene.file_name,
+                    (
+                        draw_scene(image, scene, WITHOUT, data.colors),
+                        draw_scene(image, scene, WITH, data.colors, **attended),
+                    ),
+                    tuple(sum(s.is_right(m) for s in scene.shapes) for m in (WITHOUT, WITH)),
+                    len(scene.shapes),
+                    f"{EXPLORERS}/{name}",
+                )
+            )
+    return views
+
+
+def write_page(
+    data: Data, rows: Sequence[Row], views: Sequence[View], args: argparse.Namespace, said: str
+) -> list[str]:
+    """Write the page and the figure; returns their paths."""
+    figure = comparison_figure(
+        [v.strips for v in views[:NUM_FIGURE_SCENES]], [r.name for r in rows]
+    )
+    page = demo_page(
+        rows,
+        views,
+        reach=data.reach,
+        lead=(
+            "The class of every shape in these images is the color of the image's lamp, or "
+            "“unlit” where there is none; its own pixels say nothing about it. Two Mask R-CNNs "
+            "were trained on the same images, with the same seed. What the stock one knows of a "
+            f"shape ends {data.reach:.0f} pixels from it. The other one has a single non-local "
+            "block, through which each position of the image can take up information from any "
+            "other."
+        ),
+        result=said,
+        command=NEXT_COMMAND,
+        machine=f"Trained on {processor_name()}, torch {torch.__version__}.",
+    )
+    outputs = CommandOutputs("demo")
+    with outputs.drafts(args.output) as drafts:
+        save_figure(figure, os.path.join(drafts, FIGURE))
+        with atomic_write(os.path.join(drafts, PAGE)) as file:
+            file.write(page)
+    return [os.path.join(args.output, name) for name in (PAGE, FIGURE)]
+
+
+def train(models: Sequence[Model], cfg: CfgNode, config_file: str) -> None:
+    """Train both models, at the same time if there is a core for each."""
+    at_once = num_cores() > 1
+    how = "side by side" if at_once else "one after the other, as there is one CPU core"
+    print(f"Training two Mask R-CNNs from scratch, {how}. In training, classified rightly:\n")
+    with exit_on_error(RuntimeError, OSError):
+        train_models(models, config_file, at_once=at_once, max_iter=cfg.SOLVER.MAX_ITER)
+
+
+def compare(args: argparse.Namespace, data: Data, models: Sequence[Model]) -> list[str]:
+    """Compare what trained models left: print the table, write the page; returns the paths."""
+    detections = [read_detections(model.detections) for model in models]
+    scenes = read_scenes(data.json_file, detections, read_params(data.json_file))
+    rows = [make_row(data, model, scenes, index) for index, model in enumerate(models)]
+    print_table(rows, data)
+    cfg = load_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", models[WITH].weights])
+    attending = Attending(Predictor(cfg), data.image_root, WITH, data.class_names)
+    hits, count = attention_on_cue(scenes, attending.top_keys(scenes), data.reach, WITH)
+    said = (
+        f"Of the {count} shapes beyond {data.reach:.0f} pixels that it classifies rightly, {hits} "
+        f"have their largest attention weight on the lamp or its glow."
+    )
+    print(f"\n  {said}")
+    shown = chosen_scenes(scenes, NUM_SCENES, data.reach)
+    views = make_views(data, shown, attending, args.output, CommandOutputs("demo"))
+    return write_page(data, rows, views, args, said)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Train, evaluate and draw."""
+    """Train, compare, and say where the page is."""
     args = parse_args(argv)
     torch.set_num_threads(1)  # sums have one order: the same figures with any number of cores
     with exit_on_error():
-        cfg = start(args)
-    results, weights = (evaluate if args.eval_only else train)(cfg, args.resume)
-    print_table(results)
-
-    print("\nDrawing the attention of the block ...")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = weights
-    for path in draw(cfg):
-        print(" ", path)
-    print(f"\nThe model is {weights}, the log {os.path.join(cfg.OUTPUT_DIR, 'log.txt')}.")
+        cfg = load_config(args.config_file, args.opts)
+        models = two_models(args.output, args.opts)
+        ensure_writable_dir(args.output)
+        CommandOutputs("demo").check(*(os.path.join(args.output, n) for n in (PAGE, FIGURE)))
+        print(f"Generating {', '.join(cfg.DATASETS.TRAIN)} ...", flush=True)
+        data = prepare(cfg, models[WITHOUT], args.config_file)
+    train(models, cfg, args.config_file)
+    with exit_on_error():
+        page, figure = compare(args, data, models)
+    print(f"\nOpen the page in a browser: {Path(page).resolve().as_uri()}")
+    print(f"The same as one image: {figure}")
+    print(f"To go on with an image of your own: {NEXT_COMMAND}")
     return 0

@@ -12,8 +12,8 @@ from ..engine.custom_data import add_dataset_options, load_custom_datasets
 from ..engine.model_check import prepare_inference_cfg
 from ..utils.outputs import HIDDEN_FOLDER
 
-_DEMO_CONFIG = "lamps_mask_rcnn_R18_NL.yaml"  # of the model zoo
-_DEMO_WEIGHTS = os.path.join("output", "demo", "model_final.pth")
+_DEMO_CONFIG = "demo_mask_rcnn_R18_C3_NL.yaml"  # of the model zoo
+_DEMO_WEIGHTS = os.path.join("output", "demo", "with_block", "model_final.pth")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

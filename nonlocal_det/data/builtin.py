@@ -52,7 +52,9 @@ _MATCHES = replace(
 DATASETS = {
     "lamps": LampsDataset(),
     "lamps_long": LampsDataset(_LONG, _LONG_SPLITS),
-    # The control: the same images, each shape labeled by its own outline.
+    # A quarter of the images has no lamp, so that no color can be told from the absence of others.
+    "unlit_long": LampsDataset(replace(_LONG, decided_by="lamp or unlit"), _LONG_SPLITS),
+    # The control of lamps_long: the same images, each shape labeled by its own outline.
     "outlines_long": LampsDataset(replace(_LONG, decided_by="outline"), _LONG_SPLITS),
     # Each shape has to find its own lamp: a summary of the image that all share is not enough.
     "matches_long": LampsDataset(_MATCHES, _LONG_SPLITS),
@@ -98,7 +100,7 @@ def register_lamps(root: str | None = None) -> None:
         folder = os.path.join(root, dataset_name)
         PathManager.register_handler(_LampsHandler(folder, dataset), allow_override=True)
         metadata: dict[str, Any] = {"thing_classes": list(dataset.params.categories)}
-        if dataset.params.decided_by in ("lamp", "match"):
+        if {*dataset.params.categories} <= {*LAMP_COLORS, "unlit"}:
             colors = {**LAMP_COLORS, "unlit": (160, 160, 160)}
             metadata["thing_colors"] = [colors[name] for name in dataset.params.categories]
         for split in dataset.splits:

@@ -6,6 +6,9 @@ all three lamps. So a detector can classify an object only from the lamp elsewhe
 which is what non-local blocks are for. As a control, the same images can be labeled by a local cue,
 the outline of each shape; then the lamp carries no information.
 
+Where a lamp may be missing, every color has to be seen: none can be what is left if the two others
+are not found.
+
 One summary of the image, the same for all of its shapes, is enough there. The images to match need
 one for each shape: the shapes of an image have three of four tones, most of which are the core of
 a lamp, too, each of another color. A shape's category is the color of the lamp whose core has its
@@ -50,7 +53,7 @@ from .raster import cross, pixel_centers, regular, rounded, signed_distance, sta
 # Change this whenever the same seed and parameters would give other images or annotations.
 GENERATOR_VERSION = 1
 
-_MISSING = 0.25  # probability that a tone of an image has no lamp, in the images to match
+_MISSING = 0.25  # probability that an image, or a tone of one to match, has no lamp if it may
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Scene:
     Attributes:
         image: Image (H, W, 3), RGB uint8.
         instances: Its instances, whose masks are disjoint: the shapes; the lamps, if they count.
-        lamps: Its lamps; exactly one, unless they are to match.
+        lamps: Its lamps; exactly one, unless shapes may be unlit.
     """
 
     image: np.ndarray
@@ -88,7 +91,7 @@ class Scene:
 def render_image(
     rng: np.random.Generator, params: LampsParams | None = None, *, color: int | None = None
 ) -> tuple[np.ndarray, list[Instance], Lamp]:
-    """Render one image that has one lamp; see `render_scene` for images to match.
+    """Render one image that has one lamp; see `render_scene` for others.
 
     Args:
         rng: Random number generator for everything that the parameters leave open.
@@ -101,10 +104,10 @@ def render_image(
 
     Raises:
         ValueError: If the color is not one of the lamp's, the shapes do not fit in the image, or
-            the image would be one to match.
+            the image may have another number of lamps.
     """
     params = params or LampsParams()
-    if params.to_match:
+    if params.may_be_unlit:
         raise ValueError(
             f"render_image is for one lamp; use render_scene for decided_by={params.decided_by!r}."
         )
@@ -138,7 +141,7 @@ def render_scene(
     params = params or LampsParams()
     all_tones = rng.permutation(len(TONES)).tolist() if params.to_match else [None]
     tones = all_tones[: len(LAMP_COLORS)]
-    color_of = _sample_lamp_colors(rng, tones, colors)
+    color_of = _sample_lamp_colors(rng, tones, colors, params.may_be_unlit)
     (low, high), (left, right) = params.side, params.width or params.side
     height, width = (int(side) for side in rng.integers((low, left), (high, right), endpoint=True))
     lamp_circles, shape_circles = arrange(rng, params, len(color_of), height, width)
@@ -162,15 +165,18 @@ def render_scene(
 
 
 def _sample_lamp_colors(
-    rng: np.random.Generator, tones: Sequence[int | None], colors: Sequence[int] | None
+    rng: np.random.Generator,
+    tones: Sequence[int | None],
+    colors: Sequence[int] | None,
+    may_be_unlit: bool,
 ) -> dict[int | None, int]:
     """Sample the color of each lamp, by its tone."""
     # Sampled even if colors are given, so that the random numbers after them are the same.
     if len(tones) == 1:
-        sampled, lit = [int(rng.integers(len(LAMP_COLORS)))], [True]
+        sampled = [int(rng.integers(len(LAMP_COLORS)))]
     else:
         sampled = rng.permutation(len(LAMP_COLORS)).tolist()
-        lit = (rng.random(len(tones)) >= _MISSING).tolist()
+    lit = (rng.random(len(tones)) >= _MISSING).tolist() if may_be_unlit else [True] * len(tones)
     colors = sampled if colors is None else colors
     if len({*colors} & {*range(len(LAMP_COLORS))}) != len(colors) or len(colors) != len(tones):
         raise ValueError(

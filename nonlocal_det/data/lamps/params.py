@@ -10,6 +10,7 @@ from .paint import LAMP_COLORS, TONES
 CATEGORIES = {
     "lamp": tuple(LAMP_COLORS),
     "outline": ("round", "pointed", "square"),
+    "lamp or unlit": (*LAMP_COLORS, "unlit"),
     "match": (*LAMP_COLORS, "unlit"),
     # Of lamps, by color, then by tone; of shapes.
     "tone": (*(f"{color} {tone}" for color in LAMP_COLORS for tone in TONES), *TONES),
@@ -31,7 +32,8 @@ class LampsParams:
         halo: Radius of a lamp's glow, in radii of the lamp. No light passes beyond it.
         gap: Minimum free space in pixels around a shape.
         decided_by: What decides the category: "lamp" or "outline", for the same images with one
-            lamp; "match" or "tone", for the same images with up to three lamps to match.
+            lamp; "lamp or unlit", for images of which a quarter has no lamp; "match" or "tone",
+            for the same images with up to three lamps to match.
         lamp_counts: Whether a lamp is an object too, with the category of its color, of its round
             outline, or of its color and tone; the images are the same.
     """
@@ -62,6 +64,16 @@ class LampsParams:
     def to_match(self) -> bool:
         """Whether an image has up to three lamps to match."""
         return self.decided_by in ("match", "tone")
+
+    @property
+    def may_be_unlit(self) -> bool:
+        """Whether a shape may have no lamp."""
+        return self.to_match or self.decided_by == "lamp or unlit"
+
+    @property
+    def glow_radius(self) -> float:
+        """Radius in pixels within which the light of any lamp ends."""
+        return self.lamp_size[1] / 2 * self.halo
 
     @property
     def categories(self) -> tuple[str, ...]:

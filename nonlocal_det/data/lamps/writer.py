@@ -5,7 +5,7 @@
 
 In addition to COCO's keys, an image has ``cue_xy`` (center of the lamp) and ``seed`` (arguments of
 `image_rng`), and an annotation has ``cue_distance``, from the center of its box to the lamp's.
-With lamps to match, an image has ``cues`` instead (the centers of all lamps), and an
+Where shapes may be unlit, an image has ``cues`` instead (the centers of all lamps), and an
 annotation has ``cue_xy`` too; both of its keys are null if it has no lamp. All are in pixels. The
 files hold no date and no path: the same arguments give the same bytes.
 """
@@ -70,7 +70,7 @@ def write_dataset(
     os.makedirs(os.path.dirname(annotation_file(folder, split)), exist_ok=True)
     os.makedirs(image_root(folder, split), exist_ok=True)
     images, annotations = [], []
-    to_match = params.to_match
+    several = params.may_be_unlit
     annotation_ids = itertools.count(1)  # pycocotools treats the id 0 as "not matched"
     for index in range(count):
         scene = render_scene(image_rng(seed, split, index), params)
@@ -79,14 +79,14 @@ def write_dataset(
             "file_name": f"{index + 1:06d}.png",
             "height": scene.image.shape[0],
             "width": scene.image.shape[1],
-            **_cues(scene, to_match),
+            **_cues(scene, several),
             "seed": [seed, split, index],
         }
         path = os.path.join(image_root(folder, split), image["file_name"])
         Image.fromarray(scene.image).save(path)
         images.append(image)
         annotations += [
-            {"id": next(annotation_ids), "image_id": image["id"], **_annotation(instance, to_match)}
+            {"id": next(annotation_ids), "image_id": image["id"], **_annotation(instance, several)}
             for instance in scene.instances
         ]
     content = {
@@ -141,6 +141,19 @@ def ensure_dataset(
             )
 
 
+def read_params(json_file: str) -> LampsParams:
+    """The parameters of the images that an annotation file describes.
+
+    Raises:
+        ValueError: If it is not that of a lamps dataset.
+    """
+    info = _read_info(json_file)
+    if not isinstance(info, dict) or "params" not in info:
+        raise ValueError(f"{json_file!r} is not the annotation file of a lamps dataset.")
+    fields = info["params"].items()
+    return LampsParams(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields})
+
+
 def _is_free(folder: str) -> bool:
     return not os.path.exists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
 
@@ -185,15 +198,15 @@ def _info(split: str, count: int, seed: int, params: LampsParams) -> dict:
     return json.loads(json.dumps(info))  # as it reads after a round trip: tuples become lists
 
 
-def _cues(scene: Scene, to_match: bool) -> dict:
-    """Return the keys of an image that locate its lamps."""
-    if to_match:
+def _cues(scene: Scene, several: bool) -> dict:
+    """Return the keys of an image that locate its lamps, of which there may be several or none."""
+    if several:
         return {"cues": [_round_all(lamp.center) for lamp in scene.lamps]}
     (lamp,) = scene.lamps
     return {"cue_xy": _round_all(lamp.center)}
 
 
-def _annotation(instance: Instance, to_match: bool) -> dict:
+def _annotation(instance: Instance, several: bool) -> dict:
     """Return the keys of a COCO annotation that depend on the instance alone."""
     low, high = instance.polygon.min(axis=0), instance.polygon.max(axis=0)
     cue = instance.cue
@@ -205,7 +218,7 @@ def _annotation(instance: Instance, to_match: bool) -> dict:
         "segmentation": [_round_all(instance.polygon.ravel())],
         "cue_distance": _round_all([math.dist((low + high) / 2, cue)])[0] if cue else None,
     }
-    if to_match:
+    if several:
         annotation["cue_xy"] = _round_all(cue) if cue else None
     return annotation
 

@@ -34,7 +34,7 @@ from nonlocal_det.demo.outcome import (
     chosen_scenes,
     read_scenes,
     scores,
-    share_right,
+    share_correct,
 )
 from nonlocal_det.demo.page import Row, View, demo_page
 from nonlocal_det.demo.side_by_side import Model, train_models
@@ -67,7 +67,7 @@ def perfect(json_file: str) -> list[dict]:
     return [{**{k: a[k] for k in kept}, "score": 0.9} for a in content["annotations"]]
 
 
-def test_scenes_hold_the_shapes_and_who_is_right(json_file: str) -> None:
+def test_scenes_hold_the_shapes_and_who_is_correct(json_file: str) -> None:
     content = json.loads(Path(json_file).read_text())
     right = perfect(json_file)
     wrong = [{**d, "category_id": d["category_id"] % 4 + 1} for d in right]
@@ -75,7 +75,7 @@ def test_scenes_hold_the_shapes_and_who_is_right(json_file: str) -> None:
     shapes = [shape for scene in scenes for shape in scene.shapes]
     num_lamps = sum(len(image["cues"]) for image in content["images"])
     assert len(shapes) == len(content["annotations"]) - num_lamps
-    assert not any(s.is_right(0) for s in shapes) and all(s.is_right(1) for s in shapes)
+    assert not any(s.is_correct(0) for s in shapes) and all(s.is_correct(1) for s in shapes)
     for scene, image in zip(scenes, content["images"]):
         assert [scene.cue] == [tuple(cue) for cue in image["cues"]] or scene.cue is None
         assert {shape.category for shape in scene.shapes} == {scene.category}
@@ -89,8 +89,8 @@ def test_scenes_hold_the_shapes_and_who_is_right(json_file: str) -> None:
             assert shape.distance == pytest.approx(far, abs=0.02, nan_ok=True)
     distances = [s.distance for s in shapes if not math.isnan(s.distance)]
     middle = sorted(distances)[len(distances) // 2]
-    assert share_right(scenes, 1, 0, middle) == share_right(scenes, 1, middle) == 1
-    assert share_right(scenes, 0, middle) == 0 and math.isnan(share_right(scenes, 1, 1e4))
+    assert share_correct(scenes, 1, 0, middle) == share_correct(scenes, 1, middle) == 1
+    assert share_correct(scenes, 0, middle) == 0 and math.isnan(share_correct(scenes, 1, 1e4))
 
 
 def test_the_most_confident_detection_of_a_shape_counts(json_file: str) -> None:
@@ -99,7 +99,7 @@ def test_the_most_confident_detection_of_a_shape_counts(json_file: str) -> None:
     elsewhere = [{**d, "bbox": [0, -100, 30, 30], "score": 0.99} for d in more]
     for added, expected in ((more, False), (elsewhere, True)):
         scenes = read_scenes(json_file, [[*right, *added]], PARAMS)
-        assert all(s.is_right(0) is expected for scene in scenes for s in scene.shapes)
+        assert all(s.is_correct(0) is expected for scene in scenes for s in scene.shapes)
     (none,) = {s.detections for scene in read_scenes(json_file, [[]], PARAMS) for s in scene.shapes}
     assert none == (None,)
 

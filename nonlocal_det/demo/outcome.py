@@ -38,7 +38,7 @@ class Shape:
     distance: float
     detections: tuple[Optional[Detection], ...]
 
-    def is_right(self, model: int) -> bool:
+    def is_correct(self, model: int) -> bool:
         """Whether a model detects the object, and as what it is."""
         found = self.detections[model]
         return found is not None and found["category_id"] == self.category + 1
@@ -176,11 +176,11 @@ def box_ap_by_distance(
     return ap_by_distance(json_file, detections, edges)
 
 
-def share_right(scenes: Iterable[Scene], model: int, low: float, high: float = math.inf) -> float:
-    """Share of the objects at distances in [low, high) from the cue that a model gets right."""
+def share_correct(scenes: Iterable[Scene], model: int, low: float, high: float = math.inf) -> float:
+    """Share of the shapes at distances in [low, high) from the cue that a model gets right."""
     shapes = [s for scene in scenes for s in scene.shapes if low <= s.distance < high]
-    right = [shape.is_right(model) for shape in shapes]
-    return sum(right) / len(right) if right else math.nan
+    correct = [shape.is_correct(model) for shape in shapes]
+    return sum(correct) / len(correct) if correct else math.nan
 
 
 def chosen_scenes(scenes: Sequence[Scene], count: int, beyond: float) -> list[Scene]:
@@ -199,7 +199,7 @@ def attention_on_cue(
     beyond: float,
     model: int,
 ) -> tuple[int, int]:
-    """Of the objects beyond a distance and classified rightly, those that attend to the cue most.
+    """Of the objects beyond a distance and classified correctly, those that attend to the cue most.
 
     Args:
         scenes: The images.
@@ -222,5 +222,5 @@ def _hits(
 ) -> Iterator[bool]:
     for scene in scenes:
         for shape, key in zip(scene.shapes, top_keys[scene.image_id]):
-            if key is not None and shape.distance >= beyond and shape.is_right(model):
+            if key is not None and shape.distance >= beyond and shape.is_correct(model):
                 yield math.dist(key[:2], scene.cue) <= scene.cue_radius

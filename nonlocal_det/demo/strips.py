@@ -58,7 +58,7 @@ def draw_scene(
             end = (key[0] * factor, key[1] * factor, 1.0)
             drawn = draw_arrows(drawn, start, [end], color=ARROW, bow=_bow(start, end, drawn))
     for shape, detection in zip(scene.shapes, found):
-        if not shape.is_right(model):
+        if not shape.is_correct(model):
             cross = MISSED if detection is None else WRONG
             drawn = _with_cross(drawn, _center(shape.box, factor), cross)
     return drawn

@@ -638,18 +638,38 @@ def test_figure_has_a_panel_for_each_block_and_detection(
 
 
 @torch.no_grad()
-def test_panels_of_a_wide_image_are_stacked(detector):
+def test_panels_of_a_wide_image_are_below_its_overview(detector):
     with AttentionRecorder(detector) as recorder:
         instances = detector(random_inputs((400, 50)))[0]["instances"]
     image, block = np.zeros((50, 400, 3), np.uint8), ["backbone.non_local.p3"]
     figure = detection_figure(image, instances, recorder, max_detections=4, blocks=block)
-    corners = np.array([axes.get_position().p0 for axes in figure.axes[1:5]])
-    assert len(set(corners[:, 0])) == 1 and (np.diff(corners[:, 1]) < 0).all()
+    (left, bottom), *corners = (tuple(axes.get_position().p0) for axes in figure.axes[:5])
+    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = corners
+    assert left == x0 == x2 < x1 == x3  # two columns
+    assert bottom > y0 == y1 > y2 == y3
     width, height = figure.get_size_inches()
     assert width < 5 * height
     for axes in figure.axes[:5]:
         box = axes.get_position()
         assert box.width * width == pytest.approx(8 * box.height * height, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_labels_do_not_overlap(seed):
+    rng = np.random.default_rng(seed)
+    image, taken = np.zeros((200, 300, 3), np.uint8), []
+    corners = rng.uniform(0, (280, 180), (40, 2))
+    shown = 0
+    for number, (x, y) in enumerate(corners):
+        box = (x, y, x + 40, y + 30)
+        drawn = overlay._with_free_label(image, box, f"{number} person 98%", (255, 0, 0), taken)
+        shown += not np.array_equal(drawn, image)
+        assert len(taken) == shown
+        image = drawn
+    for i, (left, top, right, bottom) in enumerate(taken):
+        assert 0 <= left and right <= 300 and 0 <= top and bottom <= 200
+        assert not any(overlay._overlap(taken[i], other) for other in taken[:i])
+    assert shown > 15
 
 
 RENAMED_EXPORTS = {

@@ -35,7 +35,7 @@ from .overlay import (
 )
 from .recorder import AttentionRecorder
 
-OVERVIEW_LENGTH = 600  # pixels of the longer side of the overview image
+OVERVIEW_LENGTH = 1200  # pixels of the longer side of the overview image
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,8 @@ def attention_figure(
     aspect = image.shape[1] / image.shape[0]
     layout = FigureLayout(aspect, *grid_shape(len(queries), len(blocks), aspect))
     panels = chain.from_iterable(
-        _panels(image, queries, recorder, block, num_arrows, image_index) for block in blocks
+        _panels(image, queries, recorder, block, num_arrows, image_index, layout.panel_length)
+        for block in blocks
     )
     signs = set()
     with matplotlib.rc_context(FIGURE_STYLE):
@@ -235,13 +236,15 @@ def _panels(
     block: str,
     num_arrows: int,
     image_index: int,
+    target_length: int,
 ) -> Iterator[tuple[AttentionQuery, np.ndarray, np.ndarray]]:
     """Each query with its attention weights in one block and its panel."""
     height, width = image.shape[:2]
     rows = query_rows(recorder, block, queries, image_index)
     for query, (weights, grid) in zip(queries, rows):
         attn_map = grid.to_image(weights[None], width, height)[0]
-        panel = attention_panel(image, attn_map, query, grid.top_k(weights, num_arrows))
+        top_keys = grid.top_k(weights, num_arrows)
+        panel = attention_panel(image, attn_map, query, top_keys, target_length=target_length)
         yield query, weights, panel
 
 

@@ -17,6 +17,7 @@ from .overlay import DIVERGING, SEQUENTIAL
 
 _PANEL = 1.3  # shorter side of a panel, unless that makes its width exceed _MAX_PANEL_WIDTH
 _MAX_PANEL_WIDTH = 3.9
+_STACKED_WIDTH = 7.6  # of the overview of a wide image
 _GAP = 0.12
 _TITLE = 0.24
 _COLOR_BAR = 0.09
@@ -26,8 +27,8 @@ _DPI = 200
 def grid_shape(num_queries: int, num_blocks: int, aspect: float) -> tuple[int, int]:
     """Choose the number of columns and rows of the grid of panels.
 
-    Several blocks get a row each. The panels of a single block fill up to three rows, or are
-    stacked if their image is very wide.
+    Several blocks get a row each. The panels of a single block fill up to three rows, or two
+    columns if their image is very wide.
 
     Args:
         num_queries: Number of queries.
@@ -41,16 +42,22 @@ def grid_shape(num_queries: int, num_blocks: int, aspect: float) -> tuple[int, i
         return 0, 1
     if num_blocks > 1:
         return num_queries, num_blocks
-    if aspect * _PANEL > _MAX_PANEL_WIDTH:
-        return 1, num_queries
+    if _is_wide(aspect):
+        columns = min(num_queries, 2)
+        return columns, -(-num_queries // columns)
     rows = 1 if num_queries < 2 else 2 if num_queries <= 8 else 3
     return -(-num_queries // rows), rows
+
+
+def _is_wide(aspect: float) -> bool:
+    """Whether an image is so wide that panels go below the overview."""
+    return aspect * _PANEL > _MAX_PANEL_WIDTH
 
 
 class FigureLayout:
     """A figure with an overview on the left, panels in the middle, and color bars on the right.
 
-    The overview is at most as high as two rows of panels.
+    The overview is at most as high as two rows of panels; that of a wide image is above them.
 
     Args:
         aspect: Width of every image over its height.
@@ -60,14 +67,32 @@ class FigureLayout:
 
     def __init__(self, aspect: float, columns: int, rows: int) -> None:
         self._columns = columns
-        self._panel_width = min(_PANEL * max(aspect, 1.0), _MAX_PANEL_WIDTH)
+        if _is_wide(aspect):
+            self._panel_width = (_STACKED_WIDTH + _GAP) / min(max(columns, 1), 2) - _GAP
+        else:
+            self._panel_width = min(_PANEL * max(aspect, 1.0), _MAX_PANEL_WIDTH)
         self._panel_height = self._panel_width / aspect
-        self._height = rows * (self._panel_height + _TITLE) + (rows - 1) * _GAP / 2
+        panels_height = rows * (self._panel_height + _TITLE) + (rows - 1) * _GAP / 2
+        panels_width = columns * (self._panel_width + _GAP)
+        if _is_wide(aspect):
+            self._overview_width = _STACKED_WIDTH
+            self._overview_height = self._overview_width / aspect
+            self._left, self._top = 2 * _GAP, _TITLE + self._overview_height + _GAP / 2
+            panels_width = max(panels_width, _STACKED_WIDTH + _GAP)
+        else:
+            room = max(panels_height - _TITLE, self._panel_height)
+            self._overview_height = min(room, 2 * self._panel_height + _TITLE)
+            self._overview_width = self._overview_height * aspect
+            self._left, self._top = self._overview_width + 3 * _GAP, 0.0
+        self._height = self._top + (panels_height if columns or not self._top else 0)
         self._bars_height = max(self._height - _TITLE, self._panel_height)
-        self._overview_height = min(self._bars_height, 2 * self._panel_height + _TITLE)
-        self._left = self._overview_height * aspect + 3 * _GAP
-        self._width = self._left + columns * (self._panel_width + _GAP) + 0.65
+        self._width = self._left + panels_width + 0.65
         self.figure = Figure(figsize=(self._width, self._height + _GAP), dpi=_DPI)
+
+    @property
+    def panel_length(self) -> int:
+        """Length of the longer side of a panel in pixels of the figure."""
+        return round(max(self._panel_width, self._panel_height) * _DPI)
 
     def _axes(self, x: float, y: float, width: float, height: float) -> Axes:
         total = self._height + _GAP
@@ -80,12 +105,13 @@ class FigureLayout:
         axes.set_title(title, loc="left", pad=3, fontsize=7.5)
 
     def _row_top(self, row: int) -> float:
-        return _TITLE + row * (self._panel_height + _TITLE + _GAP / 2)
+        return self._top + _TITLE + row * (self._panel_height + _TITLE + _GAP / 2)
 
     def add_overview(self, image: np.ndarray, title: str) -> None:
         """Show the overview image, RGB uint8."""
-        width = self._left - 3 * _GAP
-        self._show(self._axes(_GAP, _TITLE, width, self._overview_height), image, title)
+        x = self._left if self._top else _GAP
+        box = (x, _TITLE, self._overview_width, self._overview_height)
+        self._show(self._axes(*box), image, title)
 
     def add_panel(self, number: int, image: np.ndarray, title: str, vmax: float) -> None:
         """Show a panel.

@@ -35,6 +35,7 @@ PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0
 _INK = (16, 18, 24)
 # OpenCV takes subpixel coordinates as integers with this many fractional bits.
 _SHIFT = 6
+_PAD = 0.28  # of a label around its text, in sizes of the font
 
 
 def check_image(image: np.ndarray) -> None:
@@ -209,8 +210,12 @@ def draw_point(
     check_image(image)
     radius = 2.2 * _line_width(image)
     result = _with_disc(image, point, radius, color)
-    corner = (point[0] + 2 * radius, point[1] - radius)
-    return _with_label(result, corner, label, color) if label else result
+    if not label:
+        return result
+    width, height = _label_size(image, label)
+    x = min(max(point[0] + 2 * radius, 0), max(image.shape[1] - width, 0))
+    y = min(max(point[1] - radius - height, 0), max(image.shape[0] - height, 0))
+    return _with_label(result, (x, y), label, color)
 
 
 def _with_disc(
@@ -268,27 +273,34 @@ def draw_box(
     corners = _fixed_point((x0, y0)), _fixed_point((x1, y1))
     for ink, thickness in ((_INK, width + 2), (color, width)):
         cv2.rectangle(result, *corners, ink, max(round(thickness), 1), cv2.LINE_AA, _SHIFT)
-    return _with_label(result, (x0, y0), label, color) if label else result
+    return _with_free_label(result, (x0, y0, x1, y1), label, color, []) if label else result
 
 
 def _with_label(
     image: np.ndarray, corner: tuple[float, float], text: str, color: tuple[int, int, int]
 ) -> np.ndarray:
-    height, width = image.shape[:2]
-    font = _font(max(round(_size(image) / 34), 9))
+    """Write a label whose top left corner is at ``corner``."""
     canvas = Image.fromarray(image)
     pen = ImageDraw.Draw(canvas)
-    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-    pad = font.size * 0.28
-    label_width, label_height = right - left + 2 * pad, bottom - top + 2 * pad
-    x = min(max(corner[0], 0), max(width - label_width, 0))
-    # Above the corner where there is room, else below it.
-    y = corner[1] - label_height
-    if y < 0:
-        y = min(max(corner[1], 0), max(height - label_height, 0))
-    pen.rounded_rectangle((x, y, x + label_width, y + label_height), pad * 0.6, fill=color)
+    font = _label_font(image)
+    left, top, _, _ = pen.textbbox((0, 0), text, font=font)
+    x, y = corner
+    width, height = _label_size(image, text)
+    pad = font.size * _PAD
+    pen.rounded_rectangle((x, y, x + width, y + height), pad * 0.6, fill=color)
     pen.text((x + pad - left, y + pad - top), text, fill=_INK, font=font)
     return np.asarray(canvas).copy()
+
+
+def _label_size(image: np.ndarray, text: str) -> tuple[float, float]:
+    """Width and height of a label in pixels of the image that it is written on."""
+    font = _label_font(image)
+    left, top, right, bottom = font.getbbox(text)
+    return right - left + 2 * _PAD * font.size, bottom - top + 2 * _PAD * font.size
+
+
+def _label_font(image: np.ndarray) -> ImageFont.FreeTypeFont:
+    return _font(max(round(_size(image) / 34), 9))
 
 
 @lru_cache(maxsize=8)
@@ -335,12 +347,14 @@ def overlay_instances(
     metadata: Optional[Metadata] = None,
     colors: Optional[Sequence[Any]] = None,
 ) -> np.ndarray:
-    """Draw detections with detectron2's Visualizer, on an image of any size.
+    """Draw detections on an image of any size: boxes, masks and keypoints, if present.
+
+    A label that has no free place is reduced to its first word, or else left out: labels do not
+    overlap.
 
     Args:
         image: RGB uint8 image (H, W, 3), to which the instances are scaled.
         instances: Predictions for an image of size ``instances.image_size``, (height, width).
-            Boxes are drawn, and masks and keypoints if present.
         labels: Label of each instance.
         metadata: Metadata of the dataset, which holds the names of keypoints.
         colors: Matplotlib color of each instance. Default: the colors of `PALETTE` in turn.
@@ -349,27 +363,53 @@ def overlay_instances(
         RGB uint8 image (H, W, 3).
     """
     check_image(image)
-    height, width = image.shape[:2]
-    factor = np.array([width, height]) / instances.image_size[::-1]
+    factor = np.array(image.shape[1::-1]) / instances.image_size[::-1]
     boxes = instances.pred_boxes.tensor.cpu().numpy() * np.tile(factor, 2)
-    masks = keypoints = None
-    if instances.has("pred_masks"):
-        masks = [
-            _resized_mask(mask, (width, height)) > 0.5
-            for mask in instances.pred_masks.cpu().numpy()
-        ]
-    if instances.has("pred_keypoints"):
-        keypoints = instances.pred_keypoints.cpu().numpy() * [*factor, 1.0]
     if colors is None:
         colors = [PALETTE[i % len(PALETTE)] for i in range(len(boxes))]
-    drawn = Visualizer(image, metadata).overlay_instances(
-        boxes=boxes, masks=masks, keypoints=keypoints, assigned_colors=list(map(to_rgb, colors))
-    )
-    # The Visualizer's own labels are cut off where a box touches the right edge of the image.
-    result = drawn.get_image()
-    for box, label, color in zip(boxes, labels, colors):
-        result = _with_label(result, box[:2], label, tuple(round(c * 255) for c in to_rgb(color)))
+    inks = [tuple(round(c * 255) for c in to_rgb(color)) for color in colors]
+    result = image.copy()
+    if instances.has("pred_masks"):
+        for mask, ink in zip(instances.pred_masks.cpu().numpy(), inks):
+            result = draw_mask(result, mask, color=ink)
+    for box, ink in zip(boxes, inks):
+        result = draw_box(result, box, color=ink)
+    if instances.has("pred_keypoints"):
+        drawn = Visualizer(result, metadata)
+        for points in instances.pred_keypoints.cpu().numpy() * [*factor, 1.0]:
+            drawn.draw_and_connect_keypoints(points)
+        result = drawn.output.get_image()
+    taken: list[tuple[float, float, float, float]] = []
+    for box, label, ink in zip(boxes, labels, inks):
+        result = _with_free_label(result, box, label, ink, taken)
     return result
+
+
+def _with_free_label(
+    image: np.ndarray,
+    box: Sequence[float],
+    label: str,
+    color: tuple[int, int, int],
+    taken: list[tuple[float, float, float, float]],
+) -> np.ndarray:
+    """Draw a label above, inside or below a box, where no other one is; add its place to them."""
+    height, width = image.shape[:2]
+    for text in (label, label.split(" ")[0]):
+        label_width, label_height = _label_size(image, text)
+        right, below = width - label_width, height - label_height
+        for x in (box[0], box[2] - label_width):
+            for y in (box[1] - label_height, box[3], box[1], box[3] - label_height):
+                left, top = min(max(x, 0), max(right, 0)), y
+                place = (left, top, left + label_width, top + label_height)
+                if 0 <= top <= below and not any(_overlap(place, other) for other in taken):
+                    taken.append(place)
+                    return _with_label(image, (left, top), text, color)
+    # The only one is never left out, even if it is larger than the image.
+    return image if taken else _with_label(image, (max(box[0], 0), max(box[1], 0)), label, color)
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

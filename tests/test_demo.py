@@ -118,9 +118,16 @@ def test_aps_of_near_and_far_shapes(json_file: str) -> None:
         detection["segmentation"] = annotation["segmentation"]
         if (annotation["cue_distance"] or 0) >= limit:
             detection["category_id"] = detection["category_id"] % 4 + 1
-    boxes = scores(json_file, [{**d, "segmentation": None} for d in found] and found, limit)["box"]
-    assert boxes[0]["AP"] == pytest.approx(100) and boxes[1]["AP"] < 20
-    assert boxes[0]["count"] > 3 and boxes[1]["count"] > 3
+    near, far = scores(json_file, found, limit)["box"]
+    assert near["AP"] == pytest.approx(100) and far["AP"] < 20
+    assert near["count"] > 3 and far["count"] > 3
+    # Masks of half the width and height.
+    for detection in found:
+        points = np.reshape(detection["segmentation"][0], (-1, 2))
+        center = np.add(detection["bbox"][:2], np.divide(detection["bbox"][2:], 2))
+        detection["segmentation"] = [((points + center) / 2).ravel().tolist()]
+    both = scores(json_file, found, limit)
+    assert both["box"][0]["AP"] == pytest.approx(100) and both["mask"][0]["AP"] == 0
 
 
 def scene(distances: list[float], *, image_id: int = 1, category: int = 0) -> Scene:

@@ -11,6 +11,7 @@ from .figure import (
     queries_from_instances,
 )
 from .geometry import Grid
+from .influence import Change, Influence
 from .overlay import (
     draw_arrows,
     draw_box,

@@ -168,7 +168,32 @@ class NonLocalBase(nn.Module):
         """
         mask = self.resolve_mask(x, mask)
         check_input(x, mask, self.dims)
-        branch = self.out(self.aggregate(x, mask))
+        return self._add_branch(x, self.aggregate(x, mask), mask)
+
+    def forward_with_keys(self, x: Tensor, keys: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """What `forward` computes if only some positions can be attended to.
+
+        All valid positions remain queries, and count in the statistics of norms.
+
+        Args:
+            x: Input features, (B, C, *S).
+            keys: Boolean (B, *S), True at the positions that can be attended to.
+            mask: As of `forward`; what it excludes cannot be attended to either.
+
+        Returns:
+            Output features, (B, C, *S), in the dtype of ``x``.
+
+        Raises:
+            ValueError: If ``x`` has another number of dimensions, or a mask another shape or dtype.
+        """
+        mask = self.resolve_mask(x, mask)
+        check_input(x, mask, self.dims)
+        check_input(x, keys, self.dims)
+        return self._add_branch(x, self.aggregate(x, keys if mask is None else keys & mask), mask)
+
+    def _add_branch(self, x: Tensor, y: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """Project inner features y, (B, D, *S) or (B, D, 1, ...), and add them to the input."""
+        branch = self.out(y)
         branch = self._normalize(saturating_cast(branch, branch.dtype), mask)
         z = saturating_cast(x + branch.to(x.dtype), x.dtype)
         return z if mask is None else torch.where(mask.unsqueeze(1), z, x)

@@ -1,0 +1,238 @@
+"""Influence of regions of an image on detections, through a block.
+
+Attention says where a block takes features from; influence says what becomes of a detection
+without them: the positions of a region are taken out of what the block can attend to, everything
+else runs as before, and the detection is scored again at its own box.
+
+    influence = Influence(model, inputs, outputs[0]["instances"], block="backbone.res4.nl0")
+    change = influence.of_regions([(300, 20, 360, 80)])
+    change.probability      # of each detection's class, by region and detection
+
+Coordinates are continuous (x, y) in pixels of the original images; see
+``nonlocal_det.attention.geometry``.
+Shape symbols: N detections; R regions; H and W height and width of the original image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Union
+
+import numpy as np
+import torch
+import torch.nn as nn
+from detectron2.structures import Boxes, Instances, pairwise_iou
+
+from ..layers.base import NonLocalBase
+from .fixed_boxes import FixedBoxes, Scores
+from .geometry import Grid, image_grid, roi_grid
+from .recorded_call import ImageSize, size_of
+from .replay import Replay
+
+# A point (x, y), a box (x0, y0, x1, y1), or a boolean mask (H, W).
+Region = Union[Sequence[float], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of detections; positive where they lose. Float arrays, one value for each.
+
+    Attributes:
+        probability: Probability of the detection's class, before minus after.
+        logit: Logit of the class, before minus after.
+        box: 1 - IoU of the predicted boxes before and after.
+        mask: Mean magnitude of the change of the mask's probabilities; nan without masks.
+    """
+
+    probability: np.ndarray
+    logit: np.ndarray
+    box: np.ndarray
+    mask: np.ndarray
+
+    @classmethod
+    def stack(cls, changes: Sequence[Change], shape: tuple[int, ...]) -> Change:
+        """Changes of several regions in arrays of ``shape``."""
+        return cls(
+            *(
+                np.stack([getattr(change, field.name) for change in changes]).reshape(shape)
+                if changes
+                else np.zeros(shape)
+                for field in fields(cls)
+            )
+        )
+
+
+class Influence:
+    """Computes influence on the detections of one image.
+
+    The model runs once, up to what comes after the block; each region then costs what is after it.
+
+    Args:
+        model: A detectron2 detector with RoI heads, in evaluation mode.
+        inputs: Its inputs, list of dicts, as in ``model(inputs)``.
+        instances: Detections of the image, as in ``model(inputs)[image_index]["instances"]``; their
+            classes and boxes count.
+        block: Name of the block, as in `AttentionRecorder.block_names`.
+        image_index: Index of the image in the batch.
+
+    Attributes:
+        scores: Scores of the detections, at their own boxes, with the block as it is.
+
+    Raises:
+        KeyError: If the model has no such block; the message lists them.
+        TypeError: If the model has no RoI heads.
+        ValueError: If it is in training mode, or there is no such image.
+        RuntimeError: If the block does not run on these detections.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Sequence[dict[str, Any]],
+        instances: Instances,
+        *,
+        block: str,
+        image_index: int = 0,
+    ) -> None:
+        self._block = _block_of(model, block)
+        if model.training:
+            raise ValueError("The model is in training mode; influence is of a trained model.")
+        if not 0 <= image_index < len(inputs):
+            raise ValueError(f"There is no image {image_index}: there are {len(inputs)}.")
+        self._size = ImageSize.from_input(inputs[image_index])
+        self._boxes = instances.pred_boxes.tensor.detach().float().cpu().numpy()
+        heads = FixedBoxes(model, inputs, image_index)
+        to_resized = np.tile(np.divide(self._size.resized, self._size.original), 2)
+        boxes = Boxes(torch.as_tensor(self._boxes * to_resized, dtype=torch.float32))
+        self._padded, self._heads = size_of(heads.batch), heads
+        classes = instances.pred_classes.to(heads.batch.device)
+        score = heads.scorer(boxes.to(heads.batch.device), classes)
+        self._replay: Replay[Scores] = Replay(model, self._block, score)
+        self.scores = self._replay.result
+
+    def of_regions(self, regions: Iterable[Region]) -> Change:
+        """Influence of each region on each detection, arrays (R, N).
+
+        Args:
+            regions: Points (x, y), which stand for the cell that contains them; boxes (x0, y0, x1,
+                y1), for the cells whose centers they contain, at least one; or boolean masks
+                (H, W), for the cells whose centers they contain.
+
+        Raises:
+            ValueError: If a region lies outside the image, or is none of these.
+        """
+        changes = [self._without_keys(self._hidden_cells(region)) for region in regions]
+        return Change.stack(changes, (len(changes), len(self._boxes)))
+
+    def of_block(self) -> Change:
+        """Influence of the whole block: the change without it, arrays (N,)."""
+        return self._change(self._replay.run(lambda x, mask=None: x))
+
+    def map(self, rows: int, columns: int) -> Change:
+        """Influence of the cells of a grid over the image, arrays (N, rows, columns).
+
+        Args:
+            rows: Number of rows.
+            columns: Number of columns.
+        """
+        width, height = self._size.original
+        x, y = np.arange(columns), np.arange(rows)
+        changes = [
+            self._without_keys(
+                lambda grid, r=r, c=c: _cells_between(
+                    grid,
+                    (c * width / columns, (c + 1) * width / columns),
+                    (r * height / rows, (r + 1) * height / rows),
+                )
+            )
+            for r in y
+            for c in x
+        ]
+        stacked = Change.stack(changes, (rows, columns, len(self._boxes)))
+        return Change(*(np.moveaxis(getattr(stacked, f.name), -1, 0) for f in fields(Change)))
+
+    def _without_keys(self, hidden_in: Callable[[Grid], np.ndarray]) -> Change:
+        """The change without the keys at hidden cells, boolean (rows, columns) of a grid."""
+        x = self._replay.x
+        keys = torch.ones(x.shape[0], *x.shape[2:], dtype=torch.bool, device=x.device)
+        for index, grid in enumerate(self._grids()):
+            hidden = torch.as_tensor(hidden_in(grid), device=x.device)
+            keys[index, : grid.rows, : grid.columns] &= ~hidden
+        if bool(keys.all()):  # a region between the cells: nothing changes, to the bit
+            return self._change(self.scores)
+        block = self._block
+        return self._change(
+            self._replay.run(lambda x, mask=None: block.forward_with_keys(x, keys, mask))
+        )
+
+    def _grids(self) -> list[Grid]:
+        """The grid of the block's positions: one over the image, or one over each RoI."""
+        feature = size_of(self._replay.x)
+        pooled = self._heads.pooled_size(self._block)
+        if pooled is None:
+            return [image_grid(feature, self._padded, self._size.resized, self._size.original)]
+        return [roi_grid(feature, pooled, box) for box in self._boxes]
+
+    def _hidden_cells(self, region: Region) -> Callable[[Grid], np.ndarray]:
+        """From a grid to its cells in a region."""
+        array = np.asarray(region)
+        width, height = self._size.original
+        if array.dtype == bool and array.shape == (height, width):
+            return lambda grid: _cells_in_mask(grid, array)
+        if array.dtype == bool or array.shape not in ((2,), (4,)):
+            raise ValueError(
+                f"A region has the shape {list(array.shape)} of {array.dtype}; it must be a point "
+                f"(x, y), a box (x0, y0, x1, y1) or a boolean mask [{height}, {width}]."
+            )
+        array = array.astype(np.float64)
+        low, high = np.minimum(array[:2], array[-2:]), np.maximum(array[:2], array[-2:])
+        if not ((high >= 0).all() and (low <= (width, height)).all()):
+            raise ValueError(
+                f"The region {array.tolist()} lies outside the image, which is {width} pixels wide "
+                f"and {height} high."
+            )
+        return lambda grid: _cells_in(grid, low, high)
+
+    def _change(self, after: Scores) -> Change:
+        before = self.scores
+        box = 1 - torch.diagonal(pairwise_iou(Boxes(before.boxes), Boxes(after.boxes)))
+        mask = torch.full_like(box, torch.nan)
+        if before.masks is not None and after.masks is not None:
+            mask = (before.masks - after.masks).abs().flatten(1).mean(dim=1)
+        probability = before.probabilities - after.probabilities
+        parts = (probability, before.logits - after.logits, box, mask)
+        return Change(*(part.double().cpu().numpy() for part in parts))
+
+
+def _block_of(model: nn.Module, name: str) -> NonLocalBase:
+    blocks = {n: m for n, m in model.named_modules() if isinstance(m, NonLocalBase)}
+    if name not in blocks:
+        there = f"there are {', '.join(blocks)}" if blocks else "the model has none"
+        raise KeyError(f"No non-local block has the name {name!r}; {there}.")
+    return blocks[name]
+
+
+def _cells_in(grid: Grid, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Cells, boolean (rows, columns), whose centers lie in a box, or the one that contains it."""
+    hidden = np.zeros((grid.rows, grid.columns), dtype=bool)
+    x0, y0, x1, y1 = grid.bounds
+    if (high >= (x0, y0)).all() and (low <= (x1, y1)).all():
+        inside = np.concatenate([np.maximum(low, (x0, y0)), np.minimum(high, (x1, y1))])
+        cells = grid.cells_in(inside)
+        hidden[cells[:, 1], cells[:, 0]] = True
+    return hidden
+
+
+def _cells_between(grid: Grid, xs: tuple[float, float], ys: tuple[float, float]) -> np.ndarray:
+    """Cells, boolean (rows, columns), whose centers lie in [x0, x1) and [y0, y1)."""
+    columns, rows = grid.centers()
+    return ((rows >= ys[0]) & (rows < ys[1]))[:, None] & ((columns >= xs[0]) & (columns < xs[1]))
+
+
+def _cells_in_mask(grid: Grid, mask: np.ndarray) -> np.ndarray:
+    """Cells, boolean (rows, columns), whose centers lie in a mask (H, W)."""
+    columns, rows = grid.centers()
+    x = np.clip(columns.astype(np.int64), 0, mask.shape[1] - 1)
+    y = np.clip(rows.astype(np.int64), 0, mask.shape[0] - 1)
+    return mask[np.ix_(y, x)]

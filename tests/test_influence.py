@@ -27,6 +27,7 @@ from test_attention import GEOMETRIES, Averages, input_dict, spot_at, spot_seeke
 from tiny_models import blocks_of, build_pair, images, wake, zoo_config
 
 from nonlocal_det.attention import Influence
+from nonlocal_det.attention import influence as influence_module
 from nonlocal_det.layers import (
     CompactGeneralizedNonLocalBlock,
     DisentangledNonLocalBlock,
@@ -116,19 +117,20 @@ def test_influence_is_that_of_a_model_changed_by_hand(path: str, position: str, 
     cfg, _, model = detector(path, position, norm)
     model.double()
     inputs = images(cfg, (96, 128))
+    inputs[0].update(height=48, width=64)  # before it was resized
     (name,) = blocks_of(model)
-    block, found = blocks_of(model)[name], instances_of((96, 128))
+    block, found = blocks_of(model)[name], instances_of((48, 64))
     influence = Influence(model, inputs, found, block=name)
     batch = model.preprocess_image(inputs).tensor
-    boxes, classes = found.pred_boxes.tensor, found.pred_classes
+    boxes, classes = 2 * found.pred_boxes.tensor, found.pred_classes
     before = scores_by_hand(model, batch, boxes, classes)
     torch.testing.assert_close(influence.scores.logits, before[0])
-    regions = [(0.0, 0.0, 64.0, 96.0), (40.0, 20.0, 110.0, 70.0), (1e-3, 1e-3, 2e-3, 127.0)]
-    changes = influence.of_regions(regions[:2])
+    regions = [(0.0, 0.0, 64.0, 96.0), (40.0, 20.0, 110.0, 70.0)]
+    changes = influence.of_regions([np.divide(region, 2) for region in regions])
     assert changes.probability.shape == (2, 2)
     # Far above the tolerance of what follows.
     assert np.abs(changes.logit).max() > 1e-5 or changes.mask.max() > 1e-5
-    for i, region in enumerate(regions[:2]):
+    for i, region in enumerate(regions):
         original = type(block).forward
 
         def forward(x, mask=None, region=region):
@@ -342,6 +344,28 @@ def test_what_is_before_the_block_runs_once(small) -> None:
     assert calls.count("res5.0.conv1") == 5
     assert calls.count("stem.conv1") == calls.count("res3.0.conv1") == 1
     assert calls.count("res4.0.conv1") == 1
+
+
+def test_levels_without_a_detection_run_no_more(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many regions, and to the same results."""
+    model, inputs, name, found = small
+    influence = Influence(model, inputs, found, block=name)
+    expected = influence.map(2, 2)
+    monkeypatch.setattr(influence_module, "_MANY", 3)
+    change = influence.map(2, 2)
+    for field in ("probability", "logit", "box", "mask"):
+        np.testing.assert_array_equal(getattr(change, field), getattr(expected, field))
+    original = type(model.backbone.fpn_output3).forward
+    computed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(model.backbone.fpn_output3),
+            "forward",
+            lambda self, x: computed.append(self) or original(self, x),
+        )
+        influence.map(2, 2)
+    assert computed.count(model.backbone.fpn_output2) == 4  # the detections are pooled from it
+    assert computed.count(model.backbone.fpn_output3) == 0
 
 
 # ---- bad input

@@ -29,6 +29,11 @@ class Scores:
     boxes: Tensor
     masks: Optional[Tensor]
 
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        values = (self.logits, self.probabilities, self.boxes, self.masks)
+        return [value for value in values if value is not None]
+
 
 class FixedBoxes:
     """The part of a detector that does not depend on proposals, for one image.

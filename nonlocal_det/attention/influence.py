@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Union
 
 import numpy as np
@@ -30,6 +31,7 @@ from .geometry import Grid, image_grid, roi_grid
 from .recorded_call import ImageSize, size_of
 from .replay import Replay
 
+_MANY = 16  # regions, for which it pays to find out what need not run
 # A point (x, y), a box (x0, y0, x1, y1), or a boolean mask (H, W).
 Region = Union[Sequence[float], np.ndarray]
 
@@ -108,7 +110,7 @@ class Influence:
         self._padded, self._heads = size_of(heads.batch), heads
         classes = instances.pred_classes.to(heads.batch.device)
         score = heads.scorer(boxes.to(heads.batch.device), classes)
-        self._replay: Replay[Scores] = Replay(model, self._block, score)
+        self._replay: Replay[Scores] = Replay(model, self._block, score, Scores.tensors)
         self.scores = self._replay.result
 
     def of_regions(self, regions: Iterable[Region]) -> Change:
@@ -122,8 +124,7 @@ class Influence:
         Raises:
             ValueError: If a region lies outside the image, or is none of these.
         """
-        changes = [self._without_keys(self._hidden_cells(region)) for region in regions]
-        return Change.stack(changes, (len(changes), len(self._boxes)))
+        return self._of_cells([self._hidden_cells(region) for region in regions])
 
     def of_block(self) -> Change:
         """Influence of the whole block: the change without it, arrays (N,)."""
@@ -137,20 +138,23 @@ class Influence:
             columns: Number of columns.
         """
         width, height = self._size.original
-        x, y = np.arange(columns), np.arange(rows)
-        changes = [
-            self._without_keys(
-                lambda grid, r=r, c=c: _cells_between(
-                    grid,
-                    (c * width / columns, (c + 1) * width / columns),
-                    (r * height / rows, (r + 1) * height / rows),
-                )
-            )
-            for r in y
-            for c in x
-        ]
-        stacked = Change.stack(changes, (rows, columns, len(self._boxes)))
-        return Change(*(np.moveaxis(getattr(stacked, f.name), -1, 0) for f in fields(Change)))
+        xs, ys = np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1)
+        of_regions = self._of_cells(
+            [
+                partial(_cells_between, xs=xs[column : column + 2], ys=ys[row : row + 2])
+                for row in range(rows)
+                for column in range(columns)
+            ]
+        )
+        shape = (len(self._boxes), rows, columns)
+        return Change(*(getattr(of_regions, f.name).T.reshape(shape) for f in fields(Change)))
+
+    def _of_cells(self, hidden: Sequence[Callable[[Grid], np.ndarray]]) -> Change:
+        """The changes without the keys at each of the hidden cells, arrays (R, N)."""
+        if len(hidden) > _MANY:
+            self._replay.skip_unused()
+        changes = [self._without_keys(hidden_in) for hidden_in in hidden]
+        return Change.stack(changes, (len(changes), len(self._boxes)))
 
     def _without_keys(self, hidden_in: Callable[[Grid], np.ndarray]) -> Change:
         """The change without the keys at hidden cells, boolean (rows, columns) of a grid."""
@@ -224,7 +228,7 @@ def _cells_in(grid: Grid, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return hidden
 
 
-def _cells_between(grid: Grid, xs: tuple[float, float], ys: tuple[float, float]) -> np.ndarray:
+def _cells_between(grid: Grid, xs: Sequence[float], ys: Sequence[float]) -> np.ndarray:
     """Cells, boolean (rows, columns), whose centers lie in [x0, x1) and [y0, y1)."""
     columns, rows = grid.centers()
     return ((rows >= ys[0]) & (rows < ys[1]))[:, None] & ((columns >= xs[0]) & (columns < xs[1]))

@@ -2,13 +2,14 @@
 
 The first run keeps the outputs of all modules beside the path from the model to the block. Later
 runs take those whose inputs are the same objects, which are those that the block has no effect on.
-The model is changed during a run only, in this thread alone.
+On request, they also take those that have no effect on the result, such as an FPN level from which
+nothing is pooled. The model is changed during a run only, in this thread alone.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Optional, TypeVar
 
@@ -31,6 +32,7 @@ class Replay(Generic[T]):
         block: The block, a module of it.
         compute: The computation, which calls the model or modules of it, with the same arguments,
             the same objects, each time.
+        tensors: From a result to its tensors.
 
     Attributes:
         result: What the computation returns with the block as it is.
@@ -41,9 +43,19 @@ class Replay(Generic[T]):
         RuntimeError: If the computation does not call the block exactly once.
     """
 
-    def __init__(self, model: nn.Module, block: NonLocalBase, compute: Callable[[], T]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        block: NonLocalBase,
+        compute: Callable[[], T],
+        tensors: Callable[[T], Iterable[Tensor]],
+    ) -> None:
         self._block = block
         self._compute = compute
+        self._tensors = tensors
+        self._recomputed: set[nn.Module] = set()
+        self._unused: set[nn.Module] = set()
+        self._are_unused_known = False
         self._known: dict[nn.Module, list[tuple[Sequence[Any], Any]]] = {
             module: [] for module in _beside_path(model, block)
         }
@@ -63,9 +75,32 @@ class Replay(Generic[T]):
         """Repeat the computation with another forward of the block."""
         return self._run(forward)
 
-    def _run(self, forward: BlockForward) -> T:
+    def skip_unused(self) -> None:
+        """Find modules after the block without effect on the result, and run them no more.
+
+        They are those whose output can be nan without a nan in the result. This takes a run for
+        each module, once, so it pays for many runs.
+        """
+        if self._are_unused_known:
+            return
+        self._are_unused_known = True
+
+        def unchanged(x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+            return x
+
+        self._recomputed.clear()
+        self._run(unchanged)
+        for module in tuple(self._recomputed):
+            output = self._known[module][0][1]
+            if isinstance(output, Tensor) and len(self._known[module]) == 1:
+                nan = torch.full_like(output, torch.nan)
+                result = self._run(unchanged, {module: lambda *_, nan=nan, **__: nan})
+                if not any(bool(tensor.isnan().any()) for tensor in self._tensors(result)):
+                    self._unused.add(module)
+
+    def _run(self, forward: BlockForward, others: Mapping[nn.Module, Callable[..., Any]] = {}) -> T:
         replaced = {module: self._remembering(module) for module in self._known}
-        with torch.no_grad(), _forwards({**replaced, self._block: forward}):
+        with torch.no_grad(), _forwards({**replaced, **others, self._block: forward}):
             return self._compute()
 
     def _remembering(self, module: nn.Module) -> Callable[..., Any]:
@@ -74,8 +109,9 @@ class Replay(Generic[T]):
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = [*args, *kwargs.values()]
             for inputs, output in known:
-                if _are_same(inputs, given):
+                if module in self._unused or _are_same(inputs, given):
                     return output
+            self._recomputed.add(module)
             output = original(*args, **kwargs)
             if not hasattr(self, "result"):  # in the first run
                 known.append((given, output))

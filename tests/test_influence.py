@@ -26,8 +26,9 @@ from detectron2.structures import Boxes, Instances
 from test_attention import GEOMETRIES, Averages, input_dict, spot_at, spot_seeker
 from tiny_models import blocks_of, build_pair, images, wake, zoo_config
 
-from nonlocal_det.attention import Influence
+from nonlocal_det.attention import AttentionQuery, AttentionRecorder, Influence
 from nonlocal_det.attention import influence as influence_module
+from nonlocal_det.attention.influence_figure import grid_of, influence_figure
 from nonlocal_det.layers import (
     CompactGeneralizedNonLocalBlock,
     DisentangledNonLocalBlock,
@@ -366,6 +367,46 @@ def test_levels_without_a_detection_run_no_more(small, monkeypatch: pytest.Monke
         influence.map(2, 2)
     assert computed.count(model.backbone.fpn_output2) == 4  # the detections are pooled from it
     assert computed.count(model.backbone.fpn_output3) == 0
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize("size, columns", [((64, 96), 2), ((64, 512), 2)])
+def test_attention_and_influence_side_by_side(small, size, columns) -> None:
+    model, _, name, _ = small
+    height, width = size
+    found = instances_of(size)
+    inputs = [{"image": torch.rand(3, height, width) * 255, "height": height, "width": width}]
+    with torch.no_grad(), AttentionRecorder(model) as recorder:
+        model(inputs)
+    image, queries = np.zeros((height, width, 3), np.uint8), []
+    for box in found.pred_boxes.tensor.tolist():
+        center = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        queries.append(AttentionQuery(center, f"{len(queries) + 1} cat 90%", tuple(box)))
+    for count in (0, 1, 2):
+        influence = Influence(model, inputs, found[:count], block=name)
+        figure = influence_figure(
+            image, queries[:count], recorder, influence, overview=image, block=name
+        )
+        titles = [axes.get_title(loc="left") for axes in figure.axes]
+        panels = [title for title in titles if ": " in title]
+        kinds = ("attention", "influence")
+        expected = [f"{i + 1} cat 90%: {kind}" for i in range(count) for kind in kinds]
+        assert panels == expected
+        corners = {t: figure.axes[titles.index(t)].get_position() for t in panels}
+        for i in range(count):
+            attention, influenced = (corners[f"{i + 1} cat 90%: {kind}"] for kind in kinds)
+            if width > 5 * height:
+                assert attention.x0 < influenced.x0 and attention.y0 == influenced.y0
+            else:
+                assert attention.x0 == influenced.x0 and attention.y0 > influenced.y0
+
+
+def test_cells_of_a_map_are_nearly_square() -> None:
+    assert grid_of(1333, 800) == (8, 12)
+    assert grid_of(512, 64) == (3, 32)
+    assert grid_of(10_000, 10) == (1, 96)
 
 
 # ---- bad input

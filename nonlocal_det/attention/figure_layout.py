@@ -42,14 +42,14 @@ def grid_shape(num_queries: int, num_blocks: int, aspect: float) -> tuple[int, i
         return 0, 1
     if num_blocks > 1:
         return num_queries, num_blocks
-    if _is_wide(aspect):
+    if is_wide(aspect):
         columns = min(num_queries, 2)
         return columns, -(-num_queries // columns)
     rows = 1 if num_queries < 2 else 2 if num_queries <= 8 else 3
     return -(-num_queries // rows), rows
 
 
-def _is_wide(aspect: float) -> bool:
+def is_wide(aspect: float) -> bool:
     """Whether an image is so wide that panels go below the overview."""
     return aspect * _PANEL > _MAX_PANEL_WIDTH
 
@@ -67,14 +67,14 @@ class FigureLayout:
 
     def __init__(self, aspect: float, columns: int, rows: int) -> None:
         self._columns = columns
-        if _is_wide(aspect):
+        if is_wide(aspect):
             self._panel_width = (_STACKED_WIDTH + _GAP) / min(max(columns, 1), 2) - _GAP
         else:
             self._panel_width = min(_PANEL * max(aspect, 1.0), _MAX_PANEL_WIDTH)
         self._panel_height = self._panel_width / aspect
         panels_height = rows * (self._panel_height + _TITLE) + (rows - 1) * _GAP / 2
         panels_width = columns * (self._panel_width + _GAP)
-        if _is_wide(aspect):
+        if is_wide(aspect):
             self._overview_width = _STACKED_WIDTH
             self._overview_height = self._overview_width / aspect
             self._left, self._top = 2 * _GAP, _TITLE + self._overview_height + _GAP / 2
@@ -137,11 +137,12 @@ class FigureLayout:
                 *position, name, rotation=90, ha="right", va="center", fontsize=6, color="0.45"
             )
 
-    def add_color_bars(self, signs: set[bool]) -> None:
+    def add_color_bars(self, signs: set[bool], label: str = "weight / max") -> None:
         """Add a color bar for each kind of attention map in the figure.
 
         Args:
             signs: Whether a map is signed, for each kind of map.
+            label: What the bars show.
         """
         height = (self._bars_height - 2 * _GAP * (len(signs) - 1)) / max(len(signs), 1)
         for number, signed in enumerate(sorted(signs)):
@@ -151,6 +152,6 @@ class FigureLayout:
             colors = ScalarMappable(scale, DIVERGING if signed else SEQUENTIAL)
             ticks = [-1, 0, 1] if signed else [0, 0.5, 1]
             bar = self.figure.colorbar(colors, cax=axes, ticks=ticks)
-            bar.set_label("weight / max", fontsize=6, labelpad=2)
+            bar.set_label(label, fontsize=6, labelpad=2)
             bar.outline.set_visible(False)
             axes.tick_params(length=2, width=0.5, labelsize=6, pad=2)

@@ -30,9 +30,12 @@ from .figure import (
     queries_from_instances,
 )
 from .image_io import is_video, read_image_rgb, read_video, video_writer
+from .influence import Influence
+from .influence_figure import influence_figure
 from .overlay import draw_point, overlay_instances, resize_longest_side
 from .recorder import AttentionRecorder
 
+INFLUENCE_EXTENSION = "influence.png"
 FRAME_LENGTH = 480  # pixels of the longer side of each panel of a video
 
 
@@ -51,9 +54,12 @@ class AttentionVisualizer:
         num_arrows: Maximum number of arrows in a panel, to the keys of largest magnitude.
         color_by_class: Draw detections in the ``thing_colors`` of the dataset's metadata, if it
             has any, instead of in a different color each.
+        influence: Draw what has influence on the detections of images, too, through the first of
+            the blocks that is not in a head. It takes about a hundred runs of a part of the model.
 
     Raises:
-        ValueError: If no block's name contains one of ``blocks``.
+        ValueError: If no block's name contains one of ``blocks``, or if ``influence`` is asked for
+            with ``points``, or without a block outside of the heads.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class AttentionVisualizer:
         max_detections: int = 6,
         num_arrows: int = 10,
         color_by_class: bool = False,
+        influence: bool = False,
     ) -> None:
         self._predictor = Predictor(cfg)
         self._metadata = matching_metadata(cfg)
@@ -77,6 +84,19 @@ class AttentionVisualizer:
         self._max_detections = max_detections
         self._num_arrows = num_arrows
         self._color_by_class = color_by_class
+        self._influence_block = self._block_of_influence() if influence else None
+
+    def _block_of_influence(self) -> str:
+        """The block through which influence is computed."""
+        if self._points:
+            raise ValueError("Influence is of regions on detections: leave out the points.")
+        heads = getattr(self._predictor.model, "roi_heads", None)
+        in_heads = set() if heads is None else set(heads.modules())
+        modules = dict(self._predictor.model.named_modules())
+        for name in self._blocks:
+            if modules[name] not in in_heads:
+                return name
+        raise ValueError("Influence is drawn for a block outside of the heads, which is none here.")
 
     def visualize(
         self, path: str, output_stem: str, *, formats: Sequence[str] = ("png",), html: bool = False
@@ -106,6 +126,9 @@ class AttentionVisualizer:
         outputs = [f"{output_stem}.{extension}" for extension in formats]
         for output in outputs:
             save_figure(figure, output)
+        if self._influence_block is not None:
+            outputs.append(f"{output_stem}.{INFLUENCE_EXTENSION}")
+            save_figure(self._influence_figure(image, path, instances), outputs[-1])
         if html:
             page = self._explorer_page(image, instances, title=os.path.basename(path))
             outputs.append(f"{output_stem}.html")
@@ -159,6 +182,26 @@ class AttentionVisualizer:
             self._recorder,
             overview=_point_overview(image, queries),
             blocks=blocks,
+            num_arrows=self._num_arrows,
+        )
+
+    def _influence_figure(self, image: np.ndarray, path: str, instances: Instances) -> Figure:
+        block = self._influence_block
+        inputs = self._predictor.model_inputs(read_image(path, "BGR"))
+        queries = self._queries(instances)
+        overview = overlay_instances(
+            resize_longest_side(image, OVERVIEW_LENGTH)[0],
+            instances,
+            [query.label for query in queries],
+            metadata=self._metadata,
+        )
+        return influence_figure(
+            image,
+            queries,
+            self._recorder,
+            Influence(self._predictor.model, inputs, instances, block=block),
+            overview=overview,
+            block=block,
             num_arrows=self._num_arrows,
         )
 
@@ -246,11 +289,13 @@ def select_blocks(names: Sequence[str], parts: Optional[Sequence[str]]) -> list[
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 
-def output_extensions(path: str, formats: Sequence[str], html: bool) -> list[str]:
+def output_extensions(
+    path: str, formats: Sequence[str], html: bool, influence: bool = False
+) -> list[str]:
     """Extensions of the files that `AttentionVisualizer.visualize` writes for an input file."""
     if is_video(path):
         return ["mp4"]
-    return [*formats, "html"] if html else list(formats)
+    return [*formats, *["html"] * html, *[INFLUENCE_EXTENSION] * influence]
 
 
 def free_output_stems(
@@ -260,6 +305,7 @@ def free_output_stems(
     *,
     formats: Sequence[str] = ("png",),
     html: bool = False,
+    influence: bool = False,
 ) -> list[str]:
     """Choose file names without extension for the output of each input file.
 
@@ -271,6 +317,7 @@ def free_output_stems(
         outputs: Output files of the command.
         formats: As of `AttentionVisualizer.visualize`.
         html: As of `AttentionVisualizer.visualize`.
+        influence: As of `AttentionVisualizer`.
 
     Returns:
         A different name for each file: "photo", "photo-2", ...
@@ -280,7 +327,7 @@ def free_output_stems(
     for path in paths:
         base = os.path.splitext(os.path.basename(path))[0]
         for stem in (base if number == 1 else f"{base}-{number}" for number in itertools.count(1)):
-            names = [f"{stem}.{end}" for end in output_extensions(path, formats, html)]
+            names = [f"{stem}.{end}" for end in output_extensions(path, formats, html, influence)]
             files = [os.path.join(os.path.realpath(folder), name) for name in names]
             # Also a stem in use for other extensions: outputs of one input share one of their own.
             if stem not in stems and taken.isdisjoint(files) and all(map(outputs.may_write, files)):

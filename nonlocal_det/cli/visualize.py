@@ -34,6 +34,11 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add("--input", nargs="+", required=True, help="images, videos, folders, glob patterns")
     add("--format", nargs="+", default=["png"], choices=["png", "pdf"], help="figure formats")
     add("--html", action="store_true", help="also write an explorer page for each image")
+    add(
+        "--influence",
+        action="store_true",
+        help="also draw what has influence on each detection of an image, which takes longer",
+    )
     add("--block", action="append", help="block to draw, or part of its name; repeatable")
     add(
         "--point",
@@ -94,7 +99,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         paths = expand_inputs(args.input, skip=outputs.is_earlier_output)
         if not paths:
             raise ValueError(f"No images or videos are in {', '.join(args.input)}.")
-        stems = free_output_stems(paths, args.output, outputs, **drawing)
+        stems = free_output_stems(paths, args.output, outputs, **drawing, influence=args.influence)
         visualizer = AttentionVisualizer(
             setup_cfg(args),
             blocks=args.block,
@@ -103,6 +108,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             max_detections=args.max_detections,
             num_arrows=args.num_arrows,
             color_by_class=args.color_by_class,
+            influence=args.influence,
         )
     exit_code = 0
     for path, stem in zip(paths, stems):

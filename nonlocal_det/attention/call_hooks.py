@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Optional
@@ -10,9 +11,9 @@ from typing import Any, Optional
 import torch.nn as nn
 from detectron2.modeling import Backbone
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from torchvision.ops import MultiScaleRoIAlign
 
 from ..layers.base import NonLocalBase
 from .recorded_call import BlockCall, ImageSize, PooledRoIs, RecordedCall, size_of
@@ -45,8 +46,10 @@ class CallHooks:
         # The outermost backbone gets the padded batch.
         for backbone in [m for m in modules if isinstance(m, Backbone)][:1]:
             self._before(backbone, self._on_backbone)
-        for pooler in (m for m in modules if isinstance(m, ROIPooler)):
+        for pooler in (m for m in modules if isinstance(m, (ROIPooler, MultiScaleRoIAlign))):
             self._before(pooler, partial(self._on_pooler, pooler))
+        for transform in filter(_is_torchvision_transform, modules):
+            self._handles.append(transform.register_forward_hook(self._after_transform))
         for name, block in self._blocks.items():
             self._before(block, partial(self._on_block, name))
 
@@ -80,7 +83,16 @@ class CallHooks:
         self.call.padded = size_of(images)
         self.call.rois = None
 
-    def _on_pooler(self, pooler: ROIPooler, _: list[Tensor], boxes: list[Boxes]) -> None:
+    def _after_transform(self, _: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+        """Torchvision's detectors get their images as they are, and resize and pad them."""
+        (images, *_), (batch, *_) = inputs, outputs
+        self._part().image_sizes = [
+            ImageSize(size_of(image), (width, height))
+            for image, (height, width) in zip(images, batch.image_sizes)
+        ]
+        self.call.padded = size_of(batch.tensors)
+
+    def _on_pooler(self, pooler: nn.Module, _: Any, boxes: list[Any], *__: Any) -> None:
         self._part().rois = PooledRoIs.from_pooler(pooler, boxes)
 
     def _on_block(self, name: str, x: Tensor, mask: Optional[Tensor] = None) -> None:
@@ -93,3 +105,9 @@ class CallHooks:
         if not self._is_called and self.call.image_sizes is not None:
             self.call = RecordedCall()
         return self.call
+
+
+def _is_torchvision_transform(module: nn.Module) -> bool:
+    """Whether a module is the transform of torchvision's detectors, if they are imported at all."""
+    detection = sys.modules.get("torchvision.models.detection.transform")
+    return detection is not None and isinstance(module, detection.GeneralizedRCNNTransform)

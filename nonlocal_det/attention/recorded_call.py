@@ -6,12 +6,13 @@ Shape symbols: N RoIs of an image. Sizes are (width, height), unlike detectron2'
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import Tensor
+from torchvision.ops import MultiScaleRoIAlign
 
 from .geometry import Grid, image_grid, roi_grid
 
@@ -53,9 +54,12 @@ class PooledRoIs:
     pooled: tuple[int, int]
 
     @classmethod
-    def from_pooler(cls, pooler: ROIPooler, boxes: list[Boxes]) -> PooledRoIs:
+    def from_pooler(
+        cls, pooler: Union[ROIPooler, MultiScaleRoIAlign], boxes: list[Union[Boxes, Tensor]]
+    ) -> PooledRoIs:
         """Copy the boxes: detectron2's post-processing scales those of detections in place."""
-        copies = [b.tensor.detach().cpu().numpy().copy() for b in boxes]
+        tensors = [b.tensor if isinstance(b, Boxes) else b for b in boxes]
+        copies = [tensor.detach().cpu().numpy().copy() for tensor in tensors]
         return cls(copies, tuple(pooler.output_size[::-1]))
 
     def batch_index(self, image_index: int, roi_index: int) -> int:
@@ -151,8 +155,8 @@ class RecordedCall:
         if call.rois is None:
             if self.padded is None:
                 raise ValueError(
-                    "The size of the padded batch is unknown: the model has no detectron2 "
-                    "Backbone, which would be called with it. Call such a model with a tensor."
+                    "The size of the padded batch is unknown: the model is neither of detectron2 "
+                    "nor a detector of torchvision. Call such a model with a tensor."
                 )
             return image_grid(size_of(call.x), self.padded, size.resized, size.original)
         if roi_index is None:

@@ -41,8 +41,9 @@ class AttentionRecorder:
     what needs the sizes raises a ValueError.
 
     Args:
-        model: A detectron2 model, called with its list of dicts; or any network with non-local
-            blocks, called with a tensor (B, 3, H, W).
+        model: A detectron2 model, called with its list of dicts; a detector of torchvision, called
+            with its list of images; or any network with non-local blocks, called with a tensor
+            (B, 3, H, W).
     """
 
     def __init__(self, model: nn.Module) -> None:

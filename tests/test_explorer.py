@@ -390,7 +390,37 @@ def test_the_largest_weight_is_told_in_words(opened, recorder):
         )
 
 
+LOSSES = np.array([[[0.5, -2.0, 0.0], [0.1, 0.2, 1.0]], [[0.0, 0.0, 0.0], [0.0, 3.0, 0.0]]])
+
+
+def test_influence_on_the_selected_detection(driver, recorder, image, tmp_path):
+    page = explorer_page(image, QUERIES, recorder, title="x", influence={"plain": LOSSES})
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    resize(driver, 1366, 768)
+    driver.get((tmp_path / "page.html").as_uri())
+    settle(driver)
+    assert_is_the_recorders(driver, recorder, "plain", QUERIES[0].point)
+    press(driver, "i")
+    np.testing.assert_allclose(shown(driver), LOSSES[0], rtol=0.04, atol=2e-4)
+    # Cells are 40 pixels wide and high: the middle of the first row's second one.
+    assert "Without the place around 60, 20" in text(driver, "readout")
+    assert "gains 2," in text(driver, "readout") and "loses" in text(driver, "lead")
+    press(driver, "n")
+    np.testing.assert_allclose(shown(driver), LOSSES[1], rtol=0.04, atol=2e-4)
+    assert "loses 3," in text(driver, "readout")
+    release(driver)
+    mouse(driver, "mouseMoved", 20, 20)
+    assert shown(driver) is None and "Choose a detection" in text(driver, "readout")
+    set_control(driver, "block", "1")  # for which no influence was computed
+    mouse(driver, "mouseMoved", 30, 30)
+    assert_is_the_recorders(driver, recorder, "signed", (30, 30))
+    press(driver, "i")
+    assert driver.execute_script("return explorer.state.shown") == "attention"
+    assert driver.get_log("browser") == []
+
+
 def test_the_map_can_be_hidden(opened):
+    assert opened.execute_script("return document.getElementById('shown-field').hidden") is True
     press(opened, "a")
     mouse(opened, "mouseMoved", 30, 30)
     assert (pixels(opened)[60:, 80:] > 0).any()

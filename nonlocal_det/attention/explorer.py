@@ -20,7 +20,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -53,6 +53,7 @@ def explorer_page(
     title: str,
     blocks: Optional[Sequence[str]] = None,
     image_index: int = 0,
+    influence: Optional[Mapping[str, np.ndarray]] = None,
 ) -> str:
     """Create the page of an image.
 
@@ -64,6 +65,8 @@ def explorer_page(
         title: Title of the page.
         blocks: Names of the blocks to include. Default: all recorded blocks.
         image_index: Index of the image in the batch.
+        influence: By name of a block, what the logit of each query's class loses without each cell
+            of a grid over the image, float (Q, R, C), as ``Influence.map(R, C).logit``.
 
     Returns:
         HTML.
@@ -86,7 +89,13 @@ def explorer_page(
         "decades": DECADES,
         "queries": [{"point": q.point, "label": q.label, "box": q.box} for q in queries],
         "colormaps": {name: _base64(_color_table(name)) for name in COLORMAPS},
-        "blocks": [_block_data(recorder, name, queries, image_index, max_bytes) for name in names],
+        "blocks": [
+            {
+                **_block_data(recorder, name, queries, image_index, max_bytes),
+                "influence": _influence_data((influence or {}).get(name), image),
+            }
+            for name in names
+        ],
     }
     with open(_TEMPLATE, encoding="utf-8") as file:
         page = file.read()
@@ -115,6 +124,17 @@ def _color_table(name: str) -> bytes:
     """256 RGB colors of a matplotlib colormap, one byte per channel."""
     colors = matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3]
     return (colors * 255 + 0.5).astype(np.uint8).tobytes()
+
+
+def _influence_data(losses: Optional[np.ndarray], image: np.ndarray) -> Optional[dict[str, Any]]:
+    """The influence of the cells of a grid on each query, as the page reads a signed view."""
+    if losses is None or not len(losses):
+        return None
+    rows, columns = losses.shape[1:]
+    height, width = image.shape[:2]
+    bounds = (0.0, 0.0, float(width), float(height))
+    grid = Grid(0.0, 0.0, width / columns, height / rows, columns, rows, bounds)
+    return _encoded(_View(grid, grid, losses, (1, 1)), signed=True)
 
 
 @dataclass(frozen=True)

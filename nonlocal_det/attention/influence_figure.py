@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from ..utils.plotting import FIGURE_STYLE
 from .figure import AttentionQuery, attention_panel, query_rows
 from .figure_layout import FigureLayout, is_wide
-from .influence import Influence
 from .overlay import is_signed, max_magnitude
 from .recorder import AttentionRecorder
 
@@ -29,7 +28,7 @@ def influence_figure(
     image: np.ndarray,
     queries: list[AttentionQuery],
     recorder: AttentionRecorder,
-    influence: Influence,
+    losses: np.ndarray,
     *,
     overview: np.ndarray,
     block: str,
@@ -44,9 +43,10 @@ def influence_figure(
 
     Args:
         image: RGB uint8 image (H, W, 3), the original image.
-        queries: The detections of ``influence``, in their order.
+        queries: The detections.
         recorder: Recorder that holds a call for the image alone.
-        influence: Influence on the detections, through the block.
+        losses: What the logit of each detection's class loses without each cell of a grid over the
+            image, (Q, R, C), as ``Influence.map(R, C).logit``.
         overview: RGB uint8 image of any size, drawn large.
         block: Name of the block, one that is not in a head.
         num_arrows: Maximum number of arrows in a panel of attention.
@@ -59,7 +59,6 @@ def influence_figure(
     count = len(queries)
     columns, rows = (2 if count else 0, max(count, 1)) if wide else (count, 2)
     layout = FigureLayout(width / height, columns, rows)
-    losses = influence.map(*grid_of(width, height)).logit
     signs = set()
     with matplotlib.rc_context(FIGURE_STYLE):
         layout.add_overview(overview, "detections" if queries else "no detection")

@@ -31,7 +31,7 @@ from .figure import (
 )
 from .image_io import is_video, read_image_rgb, read_video, video_writer
 from .influence import Influence
-from .influence_figure import influence_figure
+from .influence_figure import grid_of, influence_figure
 from .overlay import draw_point, overlay_instances, resize_longest_side
 from .recorder import AttentionRecorder
 
@@ -126,11 +126,13 @@ class AttentionVisualizer:
         outputs = [f"{output_stem}.{extension}" for extension in formats]
         for output in outputs:
             save_figure(figure, output)
+        losses = None
         if self._influence_block is not None:
+            losses = self._influence(path, instances)
             outputs.append(f"{output_stem}.{INFLUENCE_EXTENSION}")
-            save_figure(self._influence_figure(image, path, instances), outputs[-1])
+            save_figure(self._influence_figure(image, instances, losses), outputs[-1])
         if html:
-            page = self._explorer_page(image, instances, title=os.path.basename(path))
+            page = self._explorer_page(image, instances, losses, title=os.path.basename(path))
             outputs.append(f"{output_stem}.html")
             with open(outputs[-1], "w", encoding="utf-8") as file:
                 file.write(page)
@@ -185,9 +187,17 @@ class AttentionVisualizer:
             num_arrows=self._num_arrows,
         )
 
-    def _influence_figure(self, image: np.ndarray, path: str, instances: Instances) -> Figure:
-        block = self._influence_block
+    def _influence(self, path: str, instances: Instances) -> np.ndarray:
+        """What the logit of each detection loses without each cell of a grid, (N, R, C)."""
         inputs = self._predictor.model_inputs(read_image(path, "BGR"))
+        model, block = self._predictor.model, self._influence_block
+        height, width = instances.image_size
+        influence = Influence(model, inputs, instances, block=block)
+        return influence.map(*grid_of(width, height)).logit
+
+    def _influence_figure(
+        self, image: np.ndarray, instances: Instances, losses: np.ndarray
+    ) -> Figure:
         queries = self._queries(instances)
         overview = overlay_instances(
             resize_longest_side(image, OVERVIEW_LENGTH)[0],
@@ -199,15 +209,23 @@ class AttentionVisualizer:
             image,
             queries,
             self._recorder,
-            Influence(self._predictor.model, inputs, instances, block=block),
+            losses,
             overview=overview,
-            block=block,
+            block=self._influence_block,
             num_arrows=self._num_arrows,
         )
 
-    def _explorer_page(self, image: np.ndarray, instances: Instances, title: str) -> str:
-        queries, blocks = self._queries(instances), self._recorded_blocks()
-        return explorer_page(image, queries, self._recorder, title=title, blocks=blocks)
+    def _explorer_page(
+        self, image: np.ndarray, instances: Instances, losses: Optional[np.ndarray], title: str
+    ) -> str:
+        return explorer_page(
+            image,
+            self._queries(instances),
+            self._recorder,
+            title=title,
+            blocks=self._recorded_blocks(),
+            influence=None if losses is None else {self._influence_block: losses},
+        )
 
     def _write_video(self, path: str, output: str) -> None:
         """Write each frame's detections, and its first query's attention map of each block."""

@@ -661,6 +661,7 @@ def test_a_study_from_training_to_tables(study) -> None:
 def test_the_report_of_a_study(study) -> None:
     output = study[0] / "output"
     report = json.loads((output / "report.json").read_text())
+    assert list(report["costs"]) == ["stock", "one block"]
     stock, block = report["costs"]["stock"], report["costs"]["one block"]
     # theta, phi, g and out of 256 channels, 128 inner; biases, or a norm's; the cosines' factor.
     assert block["parameters"] - stock["parameters"] == 4 * 256 * 128 + 3 * 128 + 2 * 256 + 1

@@ -25,6 +25,7 @@ from tiny_training import write_short_lamps
 from tool_process import run_tool
 
 from nonlocal_det.cli import demo
+from nonlocal_det.config import load_config
 from nonlocal_det.data.builtin import DATASETS
 from nonlocal_det.demo import side_by_side
 from nonlocal_det.demo.outcome import (
@@ -298,6 +299,27 @@ def test_files_of_the_user_are_kept(datasets: Path, tmp_path: Path) -> None:
         demo.main(["--output", str(tmp_path)])
     assert (tmp_path / "index.html").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
+
+
+def test_how_a_demo_trains(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """One after the other on one core; and a demo that is stopped says how to continue."""
+    given = []
+    monkeypatch.setattr(demo, "train_models", lambda *_, **options: given.append(options))
+    cfg = load_config(demo.CONFIG, [])
+    for cores, expected in ((1, "one after the other"), (2, "side by side")):
+        monkeypatch.setattr(demo, "num_cores", lambda cores=cores: cores)
+        demo.train((), cfg, "")
+        assert expected in capsys.readouterr().out
+    assert [options["at_once"] for options in given] == [False, True]
+    assert given[0]["max_iter"] == cfg.SOLVER.MAX_ITER
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train_models", stop)
+    with pytest.raises(SystemExit) as caught:
+        demo.train((), cfg, "")
+    assert caught.value.code == 130 and "The same command continues" in capsys.readouterr().out
 
 
 # ---- the page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from .suite import Suite
 Batch = list[dict[str, Any]]
 
 
-def measure_costs(suite: Suite, repeats: int = 7) -> dict[str, dict[str, float]]:
-    """Measure a training step of each variant on the first batch of the suite's first task.
+def measure_costs(
+    suite: Suite, variants: Iterable[str], repeats: int = 7
+) -> dict[str, dict[str, float]]:
+    """Measure a training step of variants on the first batch of the suite's first task.
 
     Args:
         suite: Suite to measure.
+        variants: Names of the variants to measure.
         repeats: Number of timed steps of each variant; the variants alternate.
 
     Returns:
@@ -32,7 +36,7 @@ def measure_costs(suite: Suite, repeats: int = 7) -> dict[str, dict[str, float]]
     """
     task = next(iter(suite.tasks))
     models, costs = {}, {}
-    for variant in suite.variants:
+    for variant in variants:
         options = list(suite.options(task, variant, suite.seeds[0]))
         cfg = load_config(suite.config, options)
         torch.manual_seed(0)

@@ -23,18 +23,20 @@ from .suite import Suite
 FILES = ("report.json", "tables.md", "distance.png")
 
 
-def make_report(suite: Suite, reach: float) -> dict[str, Any]:
+def make_report(suite: Suite, reach: float, results: Sequence[Result]) -> dict[str, Any]:
     """Measure what a suite's variants cost; return the content of report.json.
 
     Args:
         suite: The suite.
+        results: Results of finished runs; only their variants, and the baseline, are measured.
         reach: Result of `baseline_reach`, which counts if the suite has distances.
     """
+    measured = {suite.baseline, *(result["variant"] for result in results)}
     report = {
         "suite": suite.file,
         "machine": f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "baseline": suite.baseline,
-        "costs": measure_costs(suite),
+        "costs": measure_costs(suite, [v for v in suite.variants if v in measured]),
     }
     if suite.distances:
         report["reach"] = reach

@@ -96,7 +96,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     with exit_on_error():
         if not results:
             raise ValueError(f"{args.results!r} has no finished run of the suite to report.")
-    report = make_report(suite, reach)
+    report = make_report(suite, reach, results)
     with exit_on_error(), outputs.drafts(args.output) as drafts:
         write_report(report, results, drafts)
     text = tables(report, results)

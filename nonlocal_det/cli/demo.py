@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -63,8 +64,12 @@ def train(models: Sequence[Model], cfg: CfgNode, config_file: str) -> None:
     at_once = num_cores() > 1
     how = "side by side" if at_once else "one after the other, as there is one CPU core"
     print(f"Training two Mask R-CNNs from scratch, {how}. In training, classified correctly:\n")
-    with exit_on_error(RuntimeError, OSError):
-        train_models(models, config_file, at_once=at_once, max_iter=cfg.SOLVER.MAX_ITER)
+    try:
+        with exit_on_error(RuntimeError, OSError):
+            train_models(models, config_file, at_once=at_once, max_iter=cfg.SOLVER.MAX_ITER)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command continues from the last checkpoints.")
+        sys.exit(130)
 
 
 def print_table(rows: Sequence[Row], reach: float) -> None:

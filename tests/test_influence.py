@@ -23,11 +23,12 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from detectron2.structures import Boxes, Instances
-from test_attention import GEOMETRIES, Averages, input_dict, spot_at, spot_seeker
+from test_attention import GEOMETRIES, Averages, Detector, input_dict, spot_at, spot_seeker
 from tiny_models import blocks_of, build_pair, images, wake, zoo_config
 
 from nonlocal_det.attention import AttentionQuery, AttentionRecorder, Influence
 from nonlocal_det.attention import influence as influence_module
+from nonlocal_det.attention.faithfulness import measure_faithfulness
 from nonlocal_det.attention.influence_figure import grid_of, influence_figure
 from nonlocal_det.layers import (
     CompactGeneralizedNonLocalBlock,
@@ -236,6 +237,48 @@ def test_only_the_position_that_is_read_has_influence(original, resized, spot, s
         mask[max(spot[1] - 12, 0) : spot[1] + 13, max(spot[0] - 12, 0) : spot[0] + 13] = True
         inside, outside = influence.of_regions([mask, ~mask]).logit[:, 0]
         assert inside == pytest.approx(whole, rel=1e-3) and outside == pytest.approx(0, abs=1e-3)
+
+
+def test_what_is_read_is_faithful_to_what_is_attended_to() -> None:
+    """Without the first cells by attention nothing is left, with them alone everything."""
+    original, resized, spot = (100, 60), (160, 96), (72, 17)
+    block = spot_seeker(norm="")
+    for conv in (block.g, block.out):
+        nn.init.constant_(conv.weight, 0.02)
+    model = reader(block)
+    nn.init.zeros_(model.roi_heads.box_predictor.cls_score.weight)
+    nn.init.ones_(model.roi_heads.box_predictor.cls_score.weight[1])  # of class 1 alone
+    boxes = torch.tensor([[0.0, 0.0, 15.0, 12.0], [5.0, 40.0, 20.0, 55.0]])
+    found = Instances((60, 100), pred_boxes=Boxes(boxes), pred_classes=torch.tensor([1, 1]))
+    inputs = [input_dict(spot_at(*spot, *original), resized)]
+    with torch.no_grad(), AttentionRecorder(Detector(block)) as recorder:
+        recorder._model(inputs)
+    queries = [
+        AttentionQuery(((b[0] + b[2]) / 2, (b[1] + b[3]) / 2), "", tuple(b)) for b in boxes.tolist()
+    ]
+    influence = Influence(model, inputs, found, block="backbone.nl")
+    whole = influence.scores.probabilities.double().numpy()
+    around = (spot[0] - 6, spot[1] - 6, spot[0] + 6, spot[1] + 6)
+    without = whole - influence.of_regions([around]).probability[0]
+    assert (whole - without > 0.1).all()
+    measured = measure_faithfulness(
+        recorder, influence, queries, block="backbone.nl", rows=6, columns=10, steps=6
+    )
+    for order in ("attention", "influence"):
+        expected = np.stack([whole, *[without] * 6], axis=1)
+        np.testing.assert_allclose(measured.deletion[order], expected, atol=1e-3)
+        expected = np.stack([without, *[whole] * 6], axis=1)
+        np.testing.assert_allclose(measured.insertion[order], expected, atol=1e-3)
+    for curves in (measured.deletion, measured.insertion):
+        values = curves["random"]
+        assert values.shape == (2, 7) and (np.diff(values) != 0).sum() >= 2
+        near = np.minimum(np.abs(values - whole[:, None]), np.abs(values - without[:, None]))
+        np.testing.assert_allclose(near, 0, atol=1e-3)
+    empty = Influence(model, inputs, found[:0], block="backbone.nl")
+    none = measure_faithfulness(
+        recorder, empty, [], block="backbone.nl", rows=2, columns=3, steps=2
+    )
+    assert none.correlation.shape == (0,) and none.deletion["random"].shape == (0, 3)
 
 
 # ---- the block itself

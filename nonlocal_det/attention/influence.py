@@ -124,32 +124,34 @@ class Influence:
         Raises:
             ValueError: If a region lies outside the image, or is none of these.
         """
-        return self._of_cells([self._hidden_cells(region) for region in regions])
+        return self._of_hidden([self._hidden_cells(region) for region in regions])
 
     def of_block(self) -> Change:
         """Influence of the whole block: the change without it, arrays (N,)."""
         return self._change(self._replay.run(lambda x, mask=None: x))
 
     def map(self, rows: int, columns: int) -> Change:
-        """Influence of the cells of a grid over the image, arrays (N, rows, columns).
+        """Influence of each cell of a grid over the image, arrays (N, rows, columns).
 
         Args:
             rows: Number of rows.
             columns: Number of columns.
         """
-        width, height = self._size.original
-        xs, ys = np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1)
-        of_regions = self._of_cells(
-            [
-                partial(_cells_between, xs=xs[column : column + 2], ys=ys[row : row + 2])
-                for row in range(rows)
-                for column in range(columns)
-            ]
-        )
+        count = rows * columns
+        each = self.of_cells(np.eye(count, dtype=bool).reshape(count, rows, columns))
         shape = (len(self._boxes), rows, columns)
-        return Change(*(getattr(of_regions, f.name).T.reshape(shape) for f in fields(Change)))
+        return Change(*(getattr(each, f.name).T.reshape(shape) for f in fields(Change)))
 
-    def _of_cells(self, hidden: Sequence[Callable[[Grid], np.ndarray]]) -> Change:
+    def of_cells(self, cells: np.ndarray) -> Change:
+        """Influence of sets of cells of a grid over the image, arrays (R, N).
+
+        Args:
+            cells: Boolean (R, rows, columns), True at the cells of each set.
+        """
+        size = self._size.original
+        return self._of_hidden([partial(_cells_of, cells=of_set, size=size) for of_set in cells])
+
+    def _of_hidden(self, hidden: Sequence[Callable[[Grid], np.ndarray]]) -> Change:
         """The changes without the keys at each of the hidden cells, arrays (R, N)."""
         if len(hidden) > _MANY:
             self._replay.skip_unused()
@@ -228,10 +230,28 @@ def _cells_in(grid: Grid, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return hidden
 
 
-def _cells_between(grid: Grid, xs: Sequence[float], ys: Sequence[float]) -> np.ndarray:
-    """Cells, boolean (rows, columns), whose centers lie in [x0, x1) and [y0, y1)."""
-    columns, rows = grid.centers()
-    return ((rows >= ys[0]) & (rows < ys[1]))[:, None] & ((columns >= xs[0]) & (columns < xs[1]))
+def cell_indices(grid: Grid, shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Row and column, of a grid of (rows, columns) over an image, that each cell's center is in.
+
+    Args:
+        grid: Cells of a block, R rows and C columns.
+        shape: (rows, columns) of the grid over the image.
+        size: (width, height) of the image in pixels.
+
+    Returns:
+        Integer array (2, R, C).
+    """
+    (rows, columns), (width, height) = shape, size
+    x, y = grid.centers()
+    column = np.minimum((x * columns / width).astype(np.int64), columns - 1)
+    row = np.minimum((y * rows / height).astype(np.int64), rows - 1)
+    return np.stack(np.broadcast_arrays(row[:, None], column[None, :]))
+
+
+def _cells_of(grid: Grid, cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Cells, boolean (rows, columns), whose centers lie in cells of another grid."""
+    row, column = cell_indices(grid, cells.shape, size)
+    return cells[row, column]
 
 
 def _cells_in_mask(grid: Grid, mask: np.ndarray) -> np.ndarray:

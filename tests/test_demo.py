@@ -32,6 +32,7 @@ from nonlocal_det.demo.outcome import (
     Scene,
     Shape,
     attention_on_cue,
+    check_images,
     chosen_scenes,
     read_scenes,
     scores,
@@ -107,7 +108,8 @@ def test_the_most_confident_detection_of_a_shape_counts(json_file: str) -> None:
 
 def test_other_images_are_refused(json_file: str) -> None:
     with pytest.raises(ValueError, match="are those of unlit_long"):
-        read_scenes(json_file, [], DATASETS["lamps_long"].params)
+        check_images(json_file, DATASETS["lamps_long"].params)
+    check_images(json_file, PARAMS)
 
 
 def test_aps_of_near_and_far_shapes(json_file: str) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -15,11 +16,12 @@ from detectron2.utils.file_io import PathManager
 from ..ablation.receptive_field import cue_reach
 from ..checkpoint.predictor import Predictor
 from ..data.lamps.writer import read_params
-from .attending import Attending
+from .attending import Attending, Key
 from .outcome import (
     Scene,
     attention_on_cue,
     box_ap_by_distance,
+    check_images,
     chosen_scenes,
     read_detections,
     read_scenes,
@@ -86,7 +88,7 @@ def validation_images(stock: CfgNode) -> ValidationImages:
     metadata = MetadataCatalog.get(name)
     json_file = PathManager.get_local_path(metadata.json_file)
     params = read_params(json_file)
-    read_scenes(json_file, (), params)
+    check_images(json_file, params)
     return ValidationImages(
         json_file,
         metadata.image_root,
@@ -106,18 +108,27 @@ def compare(images: ValidationImages, models: Sequence[Model], cfg: CfgNode) -> 
     """
     detections = [read_detections(model.detections) for model in models]
     scenes = read_scenes(images.json_file, detections, read_params(images.json_file))
-    rows = [_row(images, model, scenes, index) for index, model in enumerate(models)]
+    rows = [
+        _row(images, model.name, detections[index], scenes, index)
+        for index, model in enumerate(models)
+    ]
     attending = Attending(Predictor(cfg), images.image_root, WITH, images.class_names)
-    on_cue, correct = attention_on_cue(scenes, attending.top_keys(scenes), images.reach, WITH)
+    top_keys = attending.top_keys(scenes)
+    on_cue, correct = attention_on_cue(scenes, top_keys, images.reach, WITH)
     shown = chosen_scenes(scenes, _NUM_SCENES, images.reach)
-    views = [_view(images, scene, attending) for scene in shown]
+    views = [_view(images, scene, attending, top_keys[scene.image_id]) for scene in shown]
     explorers = {_page_name(scene): attending.explorer(scene) for scene in shown}
     return Comparison(rows, on_cue, correct, views, explorers)
 
 
-def _row(images: ValidationImages, model: Model, scenes: Sequence[Scene], index: int) -> Row:
+def _row(
+    images: ValidationImages,
+    name: str,
+    detections: list[dict[str, Any]],
+    scenes: Sequence[Scene],
+    index: int,
+) -> Row:
     """A model's row of the table, and its curve."""
-    detections = read_detections(model.detections)
     aps = scores(images.json_file, detections, images.reach)
     near, far = (
         (aps["box"][i]["AP"], aps["mask"][i]["AP"], 100 * share_correct(scenes, index, *ends))
@@ -128,16 +139,18 @@ def _row(images: ValidationImages, model: Model, scenes: Sequence[Scene], index:
     by_distance = box_ap_by_distance(images.json_file, detections, longest)
     counted = [r for r in by_distance if r["count"] >= _MIN_COUNT]
     curve = [((r["low"] + r["high"]) / 2, r["AP50"]) for r in counted]
-    return Row(model.name, near, far, curve)
+    return Row(name, near, far, curve)
 
 
-def _view(images: ValidationImages, scene: Scene, attending: Attending) -> View:
+def _view(
+    images: ValidationImages,
+    scene: Scene,
+    attending: Attending,
+    top_keys: Sequence[Optional[Key]],
+) -> View:
     """An image as both models see it."""
     image = attending.image(scene)
-    attended = {
-        "attn_map": attending.mean_map(scene),
-        "top_keys": attending.top_keys([scene])[scene.image_id],
-    }
+    attended = {"attn_map": attending.mean_map(scene), "top_keys": top_keys}
     strips = (
         draw_scene(image, scene, WITHOUT, images.colors),
         draw_scene(image, scene, WITH, images.colors, **attended),

@@ -71,6 +71,18 @@ def read_detections(path: str) -> list[dict[str, Any]]:
         return json.load(file)
 
 
+def check_images(json_file: str, params: LampsParams) -> None:
+    """Check that a dataset has images as those of the demo.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if params.decided_by != "lamp or unlit" or not params.lamp_counts:
+        raise ValueError(
+            f"{json_file!r} is of other images than the demo's, which are those of unlit_long."
+        )
+
+
 def read_scenes(
     json_file: str, detections: Sequence[Sequence[Detection]], params: LampsParams
 ) -> list[Scene]:
@@ -80,14 +92,7 @@ def read_scenes(
         json_file: Annotations of images as those of unlit_long.
         detections: Detections of each model, in COCO's results format.
         params: Parameters of the dataset.
-
-    Raises:
-        ValueError: If the dataset is another one.
     """
-    if params.decided_by != "lamp or unlit" or not params.lamp_counts:
-        raise ValueError(
-            f"{json_file!r} is of other images than the demo's, which are those of unlit_long."
-        )
     with open(json_file, encoding="utf-8") as file:
         truth = json.load(file)
     annotations = _by_image(truth["annotations"])

@@ -37,7 +37,8 @@ from nonlocal_det.attention import (
     draw_arrows,
     draw_box,
     explorer_page,
-    overlay,
+    instance_overlay,
+    labels,
     overlay_attention,
     resize_longest_side,
 )
@@ -572,7 +573,7 @@ def test_enlarged_masks_have_smooth_edges(radius):
     """Of a disk: its contour is at most 2% longer than a circle; with stairs, 6 to 7%."""
     y, x = np.mgrid[:50, :60] + 0.5
     mask = np.hypot(x - 30, y - 25) < radius
-    enlarged = overlay._resized_mask(mask, (600, 500)) > 0.5
+    enlarged = instance_overlay._resized_mask(mask, (600, 500)) > 0.5
     (contour,), _ = cv2.findContours(enlarged.astype(np.uint8), 0, cv2.CHAIN_APPROX_TC89_KCOS)
     assert 0.9 < cv2.arcLength(contour, True) / (2 * math.pi * 10 * radius) < 1.05
     y, x = (np.mgrid[:500, :600] + 0.5) / 10
@@ -580,8 +581,10 @@ def test_enlarged_masks_have_smooth_edges(radius):
     assert (enlarged & disk).sum() / (enlarged | disk).sum() > 0.96
     # To the border of the image, and smaller than the mask.
     left = x[:50, :60] < 3
-    assert (overlay._resized_mask(left, (600, 500)) > 0.5)[:, :25].all()
-    assert overlay._resized_mask(mask, (30, 25)).sum() == pytest.approx(mask.sum() / 4, rel=0.1)
+    assert (instance_overlay._resized_mask(left, (600, 500)) > 0.5)[:, :25].all()
+    assert instance_overlay._resized_mask(mask, (30, 25)).sum() == pytest.approx(
+        mask.sum() / 4, rel=0.1
+    )
 
 
 def test_arrow_points_where_it_should():
@@ -662,13 +665,16 @@ def test_labels_do_not_overlap(seed):
     shown = 0
     for number, (x, y) in enumerate(corners):
         box = (x, y, x + 40, y + 30)
-        drawn = overlay._with_free_label(image, box, f"{number} person 98%", (255, 0, 0), taken)
+        drawn = labels.with_free_label(image, box, f"{number} person 98%", (255, 0, 0), taken)
         shown += not np.array_equal(drawn, image)
         assert len(taken) == shown
         image = drawn
     for i, (left, top, right, bottom) in enumerate(taken):
         assert 0 <= left and right <= 300 and 0 <= top and bottom <= 200
-        assert not any(overlay._overlap(taken[i], other) for other in taken[:i])
+        for left2, top2, right2, bottom2 in taken[:i]:
+            across = min(right, right2) - max(left, left2)
+            down = min(bottom, bottom2) - max(top, top2)
+            assert across <= 0 or down <= 0
     assert shown > 15
 
 

@@ -12,13 +12,12 @@ from .figure import (
 )
 from .geometry import Grid
 from .influence import Change, Influence
+from .instance_overlay import draw_mask, overlay_instances
 from .overlay import (
     draw_arrows,
     draw_box,
-    draw_mask,
     draw_point,
     overlay_attention,
-    overlay_instances,
     resize_longest_side,
 )
 from .recorder import AttentionRecorder

@@ -22,6 +22,7 @@ from ..utils.deprecation import renamed_arguments
 from ..utils.plotting import FIGURE_STYLE
 from .figure_layout import FigureLayout, grid_shape
 from .geometry import Grid
+from .instance_overlay import overlay_instances
 from .overlay import (
     ACCENT,
     SIGNED_ACCENT,
@@ -30,7 +31,6 @@ from .overlay import (
     is_signed,
     max_magnitude,
     overlay_attention,
-    overlay_instances,
     resize_longest_side,
 )
 from .recorder import AttentionRecorder

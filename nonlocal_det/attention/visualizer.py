@@ -32,7 +32,8 @@ from .figure import (
 from .image_io import is_video, read_image_rgb, read_video, video_writer
 from .influence import Influence
 from .influence_figure import grid_of, influence_figure
-from .overlay import draw_point, overlay_instances, resize_longest_side
+from .instance_overlay import overlay_instances
+from .overlay import draw_point, resize_longest_side
 from .recorder import AttentionRecorder
 
 INFLUENCE_EXTENSION = "influence.png"

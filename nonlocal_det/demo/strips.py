@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from pycocotools import mask as mask_util
 
 from ..attention import draw_arrows, draw_mask, overlay_attention, resize_longest_side
+from ..attention.labels import INK
 from .outcome import Detection, Scene
 
 LENGTH = 1536  # pixels of the longer side of a drawing
 ARROW = (255, 255, 255)
 WRONG = (255, 59, 78)
 MISSED = (150, 150, 150)
-INK = (16, 18, 24)
 
 
 def draw_scene(

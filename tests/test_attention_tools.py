@@ -9,9 +9,11 @@ ignored; 16 bits truncated; a former option that sets nothing.
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import math
 import os
+import re
 from types import SimpleNamespace
 
 import cv2
@@ -42,6 +44,7 @@ from nonlocal_det.attention.statistics import (
     relative_entropy,
 )
 from nonlocal_det.attention.visualizer import AttentionVisualizer, matching_metadata
+from nonlocal_det.checkpoint.predictor import Predictor
 from nonlocal_det.cli import measure_attention, visualize
 from nonlocal_det.config import load_config
 from nonlocal_det.data.lamps.writer import annotation_file, image_root, write_dataset
@@ -401,6 +404,38 @@ def test_model_of_more_classes_than_names_is_drawn(tmp_path, capsys):
     options = ["--confidence-threshold", "0", "--color-by-class", "--config-file", CONFIG]
     assert visualize.main([*files, *options, "MODEL.ROI_HEADS.NUM_CLASSES", "90"]) == 0
     assert made(tmp_path / "out") == ["a.png"]
+
+
+def test_influence_is_drawn_and_explored(tmp_path, capsys):
+    save(tmp_path / "a.png", "RGB")
+    output = tmp_path / "out"
+    files = ["--input", tmp_path / "a.png", "--output", output, "--confidence-threshold", "0"]
+    for _ in range(2):  # its own outputs are replaced
+        more = ["--influence", "--html", "--max-detections", "2"]
+        assert visualize_untrained(*files, *more) == 0
+        assert made(output) == ["a.html", "a.influence.png", "a.png"]
+    page = (output / "a.html").read_text()
+    blocks = json.loads(re.search(r'type="application/json">(.*?)</script>', page)[1])["blocks"]
+    assert [block["influence"] is None for block in blocks] == [False, True]  # the second in a head
+    for wrong, said in (
+        (["--point", "5,5"], "leave out the points"),
+        (["--block", "mask_head"], "a block outside of the heads, which is none here"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            visualize_untrained(*files, "--influence", *wrong)
+
+
+@pytest.mark.parametrize("input_format", ["BGR", "RGB"])
+def test_the_inputs_of_a_predictor_are_those_of_its_calls(input_format):
+    cfg = load_config(CONFIG, ["INPUT.FORMAT", input_format])
+    predictor, given = Predictor(cfg), []
+    predictor.model.forward = lambda inputs: given.extend(inputs) or [{}]
+    image = np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)
+    predictor(image)
+    (expected,), (inputs,) = given, predictor.model_inputs(image)
+    assert torch.equal(inputs["image"], expected["image"])
+    assert (inputs["height"], inputs["width"]) == (expected["height"], expected["width"])
+    assert inputs["image"].shape[1:] != (50, 70)
 
 
 def test_commands_take_custom_datasets(tmp_path, capsys):

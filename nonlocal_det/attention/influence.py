@@ -133,6 +133,9 @@ class Influence:
     def map(self, rows: int, columns: int) -> Change:
         """Influence of each cell of a grid over the image, arrays (N, rows, columns).
 
+        A cell of the grid stands for the block's positions whose centers it contains; one that
+        contains none has no influence.
+
         Args:
             rows: Number of rows.
             columns: Number of columns.

@@ -1,9 +1,10 @@
 """The demo: what it makes of two trainings, and its page in a real headless browser.
 
-Mutations tried by hand; each makes at least one test here fail: the models exchanged; near and far
-exchanged; any overlapping detection instead of the most confident one; a glow of any size; a mean
-map of the stock model; rows of the table in another order; a curve upside down; pages that scroll
-sideways; a training that starts from scratch again; trainings left running after a failure.
+Mutations tried by hand; each makes at least one test here fail: the stock model with a block; near
+and far exchanged, in the APs and in the table; the first overlapping detection instead of the most
+confident one, or any; a glow of twice the size; the class of another number; masks scored as boxes;
+a curve upside down; images wider than the page; crosses on what is correct; an attention map that
+is not drawn; a training that does not resume; both at once on one core; trainings left running.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Mutations tried by hand; each makes at least one test here fail: queries masked with the keys;
 regions in pixels of the resized image; rows and columns exchanged; cells of the padding counted;
-the image of another index; results of the first region kept for the others; the forward left
-replaced after an error; a probability after minus before.
+the image of another index; outputs of another region, or for other inputs, taken for known ones;
+nothing known; other threads, or nested uses, that get the replaced forward, or the next ones after
+an error; the grid of another RoI; a probability after minus before; the least attended cells first.
 """
 
 from __future__ import annotations

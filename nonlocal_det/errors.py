@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -49,6 +50,15 @@ def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
         if in_user_code(error):
             raise
         sys.exit(f"{program()}: error: {error}")
+
+
+@contextmanager
+def errors_logged(what: str) -> Iterator[None]:
+    """Log an error of the body, whatever it is, as a warning."""
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger("detectron2").warning(f"{what}: {summarize_error(error)}.")
 
 
 _LIBRARIES = (

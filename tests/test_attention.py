@@ -37,12 +37,11 @@ from nonlocal_det.attention import (
     draw_arrows,
     draw_box,
     explorer_page,
-    instance_overlay,
-    labels,
     overlay_attention,
     resize_longest_side,
 )
-from nonlocal_det.attention.geometry import image_grid
+from nonlocal_det.attention.figures import instance_overlay, labels
+from nonlocal_det.attention.recording.geometry import image_grid
 from nonlocal_det.layers import MECHANISMS, PAIRWISE
 from nonlocal_det.utils.plotting import save_figure
 

@@ -30,20 +30,25 @@ from PIL import Image
 
 from nonlocal_det import NonLocalBlock
 from nonlocal_det.attention import AttentionRecorder, queries_from_instances
+from nonlocal_det.attention.figures.image_io import (
+    expand_inputs,
+    is_video,
+    read_image_rgb,
+    read_video,
+)
+from nonlocal_det.attention.figures.visualizer import AttentionVisualizer, matching_metadata
 from nonlocal_det.attention.hook import (
     AttentionHook,
     _largest_object_query,
     output_weight_rms,
 )
-from nonlocal_det.attention.image_io import expand_inputs, is_video, read_image_rgb, read_video
-from nonlocal_det.attention.statistics import (
+from nonlocal_det.attention.recording.statistics import (
     AttentionStats,
     attention_stats,
     average_distance,
     mean_stats,
     relative_entropy,
 )
-from nonlocal_det.attention.visualizer import AttentionVisualizer, matching_metadata
 from nonlocal_det.checkpoint.predictor import Predictor
 from nonlocal_det.cli import measure_attention, visualize
 from nonlocal_det.config import load_config

@@ -25,14 +25,14 @@ from detectron2.structures import Boxes
 
 from nonlocal_det import NonLocalBlock
 from nonlocal_det.attention import AttentionQuery, AttentionRecorder, explorer_page
-from nonlocal_det.attention.explorer import (
+from nonlocal_det.attention.figures.explorer import (
     DECADES,
     MAX_BYTES,
     _block_means,
     _downsampling_factors,
     encode,
 )
-from nonlocal_det.attention.geometry import Grid
+from nonlocal_det.attention.recording.geometry import Grid
 
 WIDTH, HEIGHT = 120, 80
 QUERIES = [

@@ -24,7 +24,7 @@ from detectron2.engine import HookBase
 from tiny_models import blocks_of, images, zoo_config
 from torch import nn
 
-from nonlocal_det.attention.block_health import BlockHealth, HealthMeter, block_health
+from nonlocal_det.attention.recording.block_health import BlockHealth, HealthMeter, block_health
 from nonlocal_det.engine import GradAccumTrainer, Trainer
 from nonlocal_det.engine.health import HealthHook, _problems
 from nonlocal_det.engine.lazy_trainer import LazyTrainer

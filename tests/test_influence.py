@@ -28,9 +28,9 @@ from test_attention import GEOMETRIES, Averages, Detector, input_dict, spot_at, 
 from tiny_models import blocks_of, build_pair, images, wake, zoo_config
 
 from nonlocal_det.attention import AttentionQuery, AttentionRecorder, Influence
-from nonlocal_det.attention import influence as influence_module
-from nonlocal_det.attention.faithfulness import measure_faithfulness
-from nonlocal_det.attention.influence_figure import grid_of, influence_figure
+from nonlocal_det.attention.figures.influence_figure import grid_of, influence_figure
+from nonlocal_det.attention.influence import influence as influence_module
+from nonlocal_det.attention.influence.faithfulness import measure_faithfulness
 from nonlocal_det.layers import (
     CompactGeneralizedNonLocalBlock,
     DisentangledNonLocalBlock,

@@ -18,8 +18,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from nonlocal_det.attention.image_io import read_video
-from nonlocal_det.attention.output_names import free_output_stems
+from nonlocal_det.attention.figures.image_io import read_video
+from nonlocal_det.attention.figures.output_names import free_output_stems
 from nonlocal_det.cli import (
     ablate,
     analyze,

@@ -5,8 +5,8 @@
     python tools/measure_attention.py --config-file configs/mask_rcnn_R50_NL.yaml \
         --weights model_final.pth --dataset coco_2017_val --num-images 500 --output measured
 
-Writes attention.csv and attention.png; ``nonlocal_det/attention/statistics.py`` defines the
-statistics. Without a config file it uses the model that ``tools/demo.py`` trained.
+Writes attention.csv and attention.png; ``nonlocal_det/attention/recording/statistics.py`` defines
+the statistics. Without a config file it uses the model that ``tools/demo.py`` trained.
 """
 
 import sys

@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.statistics import relative_entropy
+from ..attention.recording.statistics import relative_entropy
 from ..data.builtin import DATASETS
 from ..data.lamps.generator import render_scene
 from ..data.lamps.writer import image_rng

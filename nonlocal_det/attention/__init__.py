@@ -2,27 +2,27 @@
 
 from ..utils.deprecation import renamed_attributes
 from ..utils.plotting import save_figure
-from .explorer import explorer_page
-from .figure import (
-    AttentionQuery,
+from .figures.attention_figure import (
     attention_figure,
     attention_panel,
     detection_figure,
-    queries_from_instances,
 )
-from .geometry import Grid
-from .influence import Change, Influence
-from .instance_overlay import draw_mask, overlay_instances
-from .overlay import (
+from .figures.explorer import explorer_page
+from .figures.instance_overlay import draw_mask, overlay_instances
+from .figures.overlay import (
     draw_arrows,
     draw_box,
     draw_point,
     overlay_attention,
     resize_longest_side,
 )
-from .recorder import AttentionRecorder
-from .statistics import AttentionStats, attention_stats, dataset_stats
-from .visualizer import AttentionVisualizer
+from .figures.visualizer import AttentionVisualizer
+from .influence.faithfulness import Faithfulness, measure_faithfulness
+from .influence.influence import Change, Influence
+from .recording.geometry import Grid
+from .recording.query import AttentionQuery, queries_from_instances
+from .recording.recorder import AttentionRecorder
+from .recording.statistics import AttentionStats, attention_stats, dataset_stats
 
 __getattr__ = renamed_attributes(
     __name__,

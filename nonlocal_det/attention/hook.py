@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import detectron2.utils.comm as comm
@@ -19,12 +17,13 @@ from detectron2.structures import BoxMode
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from ..errors import summarize_error
+from ..errors import errors_logged
 from ..layers.base import NonLocalBase
 from ..utils.deprecation import renamed_arguments
-from .figure import AttentionQuery, attention_panel
-from .recorder import AttentionRecorder
-from .statistics import attention_stats
+from .figures.attention_figure import attention_panel
+from .recording.query import AttentionQuery
+from .recording.recorder import AttentionRecorder
+from .recording.statistics import attention_stats
 
 _TAGS = ("entropy", "att_distance", "residual_ratio")
 
@@ -33,7 +32,7 @@ class AttentionHook(HookBase):
     """Writes attention to TensorBoard every ``period`` iterations and after the last one.
 
     - Scalars of each block, averaged over the images: ``entropy``, ``att_distance`` and
-      ``residual_ratio``, which `nonlocal_det.attention.statistics` defines, and
+      ``residual_ratio``, which `nonlocal_det.attention.recording.statistics` defines, and
       ``output_weight_rms``. A block whose residual ratio and output weights stay near zero is dead;
       one with an entropy near one, or an attention distance near zero, attends to nothing in
       particular.
@@ -101,15 +100,6 @@ class AttentionHook(HookBase):
             scalars[f"{block}/output_weight_rms"] = [output_weight_rms(model.get_submodule(block))]
         for tag, values in scalars.items():
             storage.put_scalar(f"attention/{tag}", np.mean(values).item(), smoothing_hint=False)
-
-
-@contextmanager
-def errors_logged(what: str) -> Iterator[None]:
-    """Log an error of the body, whatever it is, as a warning."""
-    try:
-        yield
-    except Exception as error:
-        logging.getLogger("detectron2").warning(f"{what}: {summarize_error(error)}.")
 
 
 def _write_panels(

@@ -16,7 +16,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import AugInput, ResizeShortestEdge
 from torch import Tensor, nn
 
-from ..attention.block_health import BlockHealth, HealthMeter
+from ..attention.recording.block_health import BlockHealth, HealthMeter
 from ..checkpoint.detection_checkpoint import NonLocalCheckpointer
 from ..config import load_config, load_lazy_config
 from ..engine.health import SATURATED_BELOW

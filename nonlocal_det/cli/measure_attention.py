@@ -11,7 +11,12 @@ import os
 from collections.abc import Sequence
 from typing import Optional
 
-from ..attention.statistics import dataset_stats, format_stats, plot_stats, write_stats_csv
+from ..attention.recording.statistics import (
+    dataset_stats,
+    format_stats,
+    plot_stats,
+    write_stats_csv,
+)
 from ..engine import check_dataset_registered
 from ..errors import exit_on_error
 from ..utils.deprecation import RenamedOption

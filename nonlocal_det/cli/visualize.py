@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
-from ..attention.image_io import expand_inputs
-from ..attention.output_names import free_output_stems
-from ..attention.visualizer import AttentionVisualizer
+from ..attention.figures.image_io import expand_inputs
+from ..attention.figures.output_names import free_output_stems
+from ..attention.figures.visualizer import AttentionVisualizer
 from ..errors import exit_on_error, program, summarize_error
 from ..utils.deprecation import RenamedOption
 from ..utils.file_io import ensure_writable_dir

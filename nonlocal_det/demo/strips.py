@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from pycocotools import mask as mask_util
 
 from ..attention import draw_arrows, draw_mask, overlay_attention, resize_longest_side
-from ..attention.labels import INK
+from ..attention.figures.labels import INK
 from .outcome import Detection, Scene
 
 LENGTH = 1536  # pixels of the longer side of a drawing

@@ -10,7 +10,7 @@ import detectron2.utils.comm as comm
 import torch.nn as nn
 from detectron2.engine import HookBase
 
-from ..attention.block_health import BlockHealth, HealthMeter
+from ..attention.recording.block_health import BlockHealth, HealthMeter
 
 _FIRST_ITERATIONS = (100, 1000)
 _LEARNED_BY = 100  # a new block is the identity; after so many iterations it should not be
@@ -24,7 +24,7 @@ class HealthHook(HookBase):
     It warns of each block that is dead, saturated or blows up, unless it is frozen, and puts
     ``health/<block>/residual_ratio`` and ``health/<block>/entropy`` into the storage. Of these
     training steps themselves the first call of each block is measured, on the main process only;
-    see `nonlocal_det.attention.block_health`. Training is not affected, to the bit.
+    see `nonlocal_det.attention.recording.block_health`. Training is not affected, to the bit.
 
     It goes before the hook that saves checkpoints, so that they have its scalars, and before the
     writers.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..utils.deprecation import renamed_arguments, renamed_method
+from ...utils.deprecation import renamed_arguments, renamed_method
 
 
 @dataclass(frozen=True)

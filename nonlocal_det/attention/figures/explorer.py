@@ -28,11 +28,11 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from ..utils.deprecation import renamed_arguments
-from .figure import AttentionQuery
-from .geometry import Grid
+from ...utils.deprecation import renamed_arguments
+from ..recording.geometry import Grid
+from ..recording.query import AttentionQuery
+from ..recording.recorder import AttentionRecorder
 from .overlay import DIVERGING, SEQUENTIAL, check_image
-from .recorder import AttentionRecorder
 
 MAX_BYTES = 8_000_000
 DECADES = 4

@@ -15,25 +15,24 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
 from matplotlib.figure import Figure
 
-from ..checkpoint.predictor import Predictor
-from ..modeling.predictions import predicted_counts
-from ..utils.plotting import save_figure
-from .explorer import explorer_page
-from .figure import (
+from ...checkpoint.predictor import Predictor
+from ...modeling.predictions import predicted_counts
+from ...utils.plotting import save_figure
+from ..influence.influence import Influence
+from ..recording.query import AttentionQuery, queries_from_instances
+from ..recording.recorder import AttentionRecorder
+from .attention_figure import (
     OVERVIEW_LENGTH,
-    AttentionQuery,
     attention_figure,
     attention_panel,
     detection_figure,
-    queries_from_instances,
 )
+from .explorer import explorer_page
 from .image_io import is_video, read_image_rgb, read_video, video_writer
-from .influence import Influence
 from .influence_figure import grid_of, influence_figure
 from .instance_overlay import overlay_instances
 from .output_names import INFLUENCE_EXTENSION
 from .overlay import draw_point, resize_longest_side
-from .recorder import AttentionRecorder
 
 FRAME_LENGTH = 480  # pixels of the longer side of each panel of a video
 

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Sequence
 
-from ..utils.outputs import CommandOutputs
+from ...utils.outputs import CommandOutputs
 from .image_io import is_video
 
 INFLUENCE_EXTENSION = "influence.png"

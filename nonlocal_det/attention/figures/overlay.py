@@ -15,7 +15,7 @@ import matplotlib
 import matplotlib.font_manager
 import numpy as np
 
-from ..utils.deprecation import renamed_arguments
+from ...utils.deprecation import renamed_arguments
 from .labels import INK, label_size, mean_side, with_free_label, with_label
 
 SEQUENTIAL = "inferno"

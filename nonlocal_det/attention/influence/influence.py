@@ -9,7 +9,7 @@ else runs as before, and the detection is scored again at its own box.
     change.probability      # of each detection's class, by region and detection
 
 Coordinates are continuous (x, y) in pixels of the original images; see
-``nonlocal_det.attention.geometry``.
+``nonlocal_det.attention.recording.geometry``.
 Shape symbols: N detections; R regions; H and W height and width of the original image.
 """
 
@@ -25,10 +25,10 @@ import torch
 import torch.nn as nn
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
-from ..layers.base import NonLocalBase
+from ...layers.base import NonLocalBase
+from ..recording.geometry import Grid, image_grid, roi_grid
+from ..recording.recorded_call import ImageSize, size_of
 from .fixed_boxes import FixedBoxes, Scores
-from .geometry import Grid, image_grid, roi_grid
-from .recorded_call import ImageSize, size_of
 from .replay import Replay
 
 _MANY = 16  # regions, for which it pays to find out what need not run

@@ -9,11 +9,12 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..utils.plotting import FIGURE_STYLE
-from .figure import AttentionQuery, attention_panel, query_rows
-from .figure_layout import FigureLayout, is_wide
+from ...utils.plotting import FIGURE_STYLE
+from ..recording.query import AttentionQuery, query_rows
+from ..recording.recorder import AttentionRecorder
+from .attention_figure import attention_panel
+from .layout import FigureLayout, is_wide
 from .overlay import is_signed, max_magnitude
-from .recorder import AttentionRecorder
 
 NUM_CELLS = 96  # of a map of influence, about; each costs a run of what is after the block
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torchvision.ops import MultiScaleRoIAlign
 
-from ..layers.base import NonLocalBase
+from ...layers.base import NonLocalBase
 from .recorded_call import BlockCall, ImageSize, PooledRoIs, RecordedCall, size_of
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
-from .figure import AttentionQuery, query_rows
+from ..recording.query import AttentionQuery, query_rows
+from ..recording.recorder import AttentionRecorder
 from .influence import Influence, cell_indices
-from .recorder import AttentionRecorder
 
 ORDERS = ("attention", "influence", "random")
 

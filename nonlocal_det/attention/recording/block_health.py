@@ -17,8 +17,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..layers import GlobalContextBlock, NonLocalBase
-from .hook import errors_logged
+from ...errors import errors_logged
+from ...layers import GlobalContextBlock, NonLocalBase
 from .statistics import relative_entropy, residual_ratio
 
 _NUM_QUERIES = 64

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..layers.base import NonLocalBase
+from ...layers.base import NonLocalBase
 
 T = TypeVar("T")
 # What replaces the forward of a block: its input and mask to its output.

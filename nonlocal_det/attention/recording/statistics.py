@@ -34,8 +34,8 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 from matplotlib.figure import Figure
 
-from ..checkpoint.detection_checkpoint import NonLocalCheckpointer
-from ..utils.plotting import save_figure
+from ...checkpoint.detection_checkpoint import NonLocalCheckpointer
+from ...utils.plotting import save_figure
 from .geometry import Grid
 from .recorder import AttentionRecorder
 

@@ -9,7 +9,7 @@ weights are computed on request, and only the requested rows of the attention ma
 context nothing is attached to the model.
 
 Coordinates are continuous (x, y) in pixels of the original images; see
-``nonlocal_det.attention.geometry``.
+``nonlocal_det.attention.recording.geometry``.
 Shape symbols: Q queries; H and W height and width of the original image; R and C rows and columns
 of the grid of keys; N RoIs of an image.
 """
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from ..layers.base import NonLocalBase
-from ..utils.deprecation import renamed_arguments, renamed_method, renamed_property
+from ...layers.base import NonLocalBase
+from ...utils.deprecation import renamed_arguments, renamed_method, renamed_property
 from .call_hooks import CallHooks
 from .geometry import Grid
 from .recorded_call import RecordedCall

@@ -7,7 +7,6 @@ writes them as PNG or PDF.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Optional
 
@@ -18,11 +17,12 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from matplotlib.figure import Figure
 
-from ..utils.deprecation import renamed_arguments
-from ..utils.plotting import FIGURE_STYLE
-from .figure_layout import FigureLayout, grid_shape
-from .geometry import Grid
+from ...utils.deprecation import renamed_arguments
+from ...utils.plotting import FIGURE_STYLE
+from ..recording.query import AttentionQuery, queries_from_instances, query_rows
+from ..recording.recorder import AttentionRecorder
 from .instance_overlay import overlay_instances
+from .layout import FigureLayout, grid_shape
 from .overlay import (
     ACCENT,
     SIGNED_ACCENT,
@@ -33,47 +33,8 @@ from .overlay import (
     overlay_attention,
     resize_longest_side,
 )
-from .recorder import AttentionRecorder
 
 OVERVIEW_LENGTH = 1200  # pixels of the longer side of the overview image
-
-
-@dataclass(frozen=True)
-class AttentionQuery:
-    """A query point of an image, and the detection that it represents, if any.
-
-    Attributes:
-        point: Query point (x, y) in pixels of the original image.
-        label: Title of the panel.
-        box: Box (x0, y0, x1, y1) of the detection in pixels of the original image, or None.
-    """
-
-    point: tuple[float, float]
-    label: str = ""
-    box: Optional[tuple[float, float, float, float]] = None
-
-
-def queries_from_instances(
-    instances: Instances, names: Optional[Sequence[str]] = None
-) -> list[AttentionQuery]:
-    """Create queries at the centers of detections.
-
-    Args:
-        instances: Detections of one image.
-        names: Class names. Default, and for a class without a name: "class 0", "class 1", ...
-
-    Returns:
-        One query for each detection, labeled with number, class and score: "1 person 98%".
-    """
-    boxes = instances.pred_boxes.tensor.cpu().numpy().astype(float)
-    classes = instances.pred_classes.tolist()
-    scores = instances.scores.tolist()
-    queries = []
-    for number, (box, class_id, score) in enumerate(zip(boxes, classes, scores), start=1):
-        name = names[class_id] if names and class_id < len(names) else f"class {class_id}"
-        center = (float(box[0] + box[2]) / 2, float(box[1] + box[3]) / 2)
-        queries.append(AttentionQuery(center, f"{number} {name} {score:.0%}", tuple(box.tolist())))
-    return queries
 
 
 @renamed_arguments(heat="attn_map", look="query", targets="top_keys", longest="target_length")
@@ -246,26 +207,3 @@ def _panels(
         top_keys = grid.top_k(weights, num_arrows)
         panel = attention_panel(image, attn_map, query, top_keys, target_length=target_length)
         yield query, weights, panel
-
-
-def query_rows(
-    recorder: AttentionRecorder,
-    block: str,
-    queries: Sequence[AttentionQuery],
-    image_index: int = 0,
-) -> list[tuple[np.ndarray, Grid]]:
-    """Compute `AttentionRecorder.attention_rows` for queries with or without boxes.
-
-    Args:
-        recorder: Recorder that holds the call.
-        block: Name of a recorded block.
-        queries: Queries; their boxes select the RoI of a block in a head if all have one.
-        image_index: Index of the image in the batch.
-
-    Returns:
-        For each query the attention weights of the keys, shape (R, C), and their grid.
-    """
-    points = [query.point for query in queries]
-    boxed = queries and all(query.box is not None for query in queries)
-    boxes = [query.box for query in queries] if boxed else None
-    return recorder.attention_rows(block, points, image_index=image_index, roi_boxes=boxes)

@@ -1,0 +1,1 @@
+"""Draws attention, influence and detections: images, figures, pages and videos."""

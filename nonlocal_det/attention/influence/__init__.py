@@ -1,0 +1,1 @@
+"""What becomes of detections without what a block attends to."""

@@ -137,11 +137,15 @@ def test_every_sampler_of_detectron2_resumes(name: str) -> None:
     DatasetCatalog.register("records", lambda: list(RECORDS))
     np.random.seed(None)  # another run's state
 
-    def build() -> ResumableTrainLoader:
-        return build_resumable_train_loader(cfg, mapper=sample, seed=3)
+    def build(seed: int = 3) -> ResumableTrainLoader:
+        return build_resumable_train_loader(cfg, mapper=sample, seed=seed)
 
     expected = batches(build(), 40)
     assert batches(build(), 20, 20) == expected[20:]
+    order = [image[0] for batch in expected for image in batch]
+    assert [image[0] for batch in batches(build(4), 40) for image in batch] != order
+    cfg.SEED = 7  # official detectron2 gives it to its samplers
+    assert batches(build(), 40) == expected
     seen = Counter(image[0] for batch in expected for image in batch)
     if "RepeatFactor" in name:
         assert min(seen[0], seen[1]) > 1.5 * max(seen[i] for i in range(2, 20))

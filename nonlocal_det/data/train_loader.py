@@ -18,7 +18,7 @@ from typing import Any, Callable, Optional, Union
 import detectron2.utils.comm as comm
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetFromList, MapDataset, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
@@ -129,8 +129,25 @@ class _PerSampleSeededDataset(Dataset):
             return self._dataset[index]
 
 
-# detectron2 0.5 has no public name for it.
-@configurable(from_config=_train_loader_from_config)
+def _from_config(
+    cfg: CfgNode,
+    mapper: Optional[Callable[[dict[str, Any]], Any]] = None,
+    *,
+    dataset: Any = None,
+    sampler: Optional[Sampler] = None,
+) -> dict[str, Any]:
+    """The arguments of `_build` that detectron2 takes from a config."""
+    seed = comm.shared_random_seed()
+    # detectron2 0.5 has no public name for it.
+    arguments = _train_loader_from_config(cfg, mapper, dataset=dataset, sampler=sampler)
+    if sampler is None and hasattr(arguments["sampler"], "_seed"):
+        # One detectron2 seeds it with the config's seed (-1: the same order in every run), another
+        # with a random number.
+        arguments["sampler"]._seed = seed
+    return arguments
+
+
+@configurable(from_config=_from_config)
 def _build(
     dataset: Union[list[dict[str, Any]], Dataset],
     *,

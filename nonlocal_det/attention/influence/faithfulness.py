@@ -17,7 +17,8 @@ from scipy.stats import spearmanr
 
 from ..recording.query import AttentionQuery, query_rows
 from ..recording.recorder import AttentionRecorder
-from .influence import Influence, cell_indices
+from .influence import Influence
+from .regions import cell_indices
 
 ORDERS = ("attention", "influence", "random")
 

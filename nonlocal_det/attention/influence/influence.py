@@ -15,10 +15,10 @@ Shape symbols: N detections; R regions; H and W height and width of the original
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +29,10 @@ from ...layers.base import NonLocalBase
 from ..recording.geometry import Grid, image_grid, roi_grid
 from ..recording.recorded_call import ImageSize, size_of
 from .fixed_boxes import FixedBoxes, Scores
+from .regions import Cells, Region, cells_of_grid, cells_of_region
 from .replay import Replay
 
 _MANY = 16  # regions, for which it pays to find out what need not run
-# A point (x, y), a box (x0, y0, x1, y1), or a boolean mask (H, W).
-Region = Union[Sequence[float], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,15 @@ class Influence:
 
         Args:
             regions: Points (x, y), which stand for the cell that contains them; boxes (x0, y0, x1,
-                y1), for the cells whose centers they contain, at least one; or boolean masks
-                (H, W), for the cells whose centers they contain.
+                y1), for the cells whose centers they contain, at least one; boolean masks (H, W),
+                for the cells whose centers they contain; or functions from a grid of a block's
+                positions to its cells, boolean (rows, columns).
 
         Raises:
             ValueError: If a region lies outside the image, or is none of these.
         """
-        return self._of_hidden([self._hidden_cells(region) for region in regions])
+        size = self._size.original
+        return self._of_hidden([cells_of_region(region, size) for region in regions])
 
     def of_block(self) -> Change:
         """Influence of the whole block: the change without it, arrays (N,)."""
@@ -152,16 +153,18 @@ class Influence:
             cells: Boolean (R, rows, columns), True at the cells of each set.
         """
         size = self._size.original
-        return self._of_hidden([partial(_cells_of, cells=of_set, size=size) for of_set in cells])
+        return self._of_hidden(
+            [partial(cells_of_grid, cells=of_set, size=size) for of_set in cells]
+        )
 
-    def _of_hidden(self, hidden: Sequence[Callable[[Grid], np.ndarray]]) -> Change:
+    def _of_hidden(self, hidden: Sequence[Cells]) -> Change:
         """The changes without the keys at each of the hidden cells, arrays (R, N)."""
         if len(hidden) > _MANY:
             self._replay.skip_unused()
         changes = [self._without_keys(hidden_in) for hidden_in in hidden]
         return Change.stack(changes, (len(changes), len(self._boxes)))
 
-    def _without_keys(self, hidden_in: Callable[[Grid], np.ndarray]) -> Change:
+    def _without_keys(self, hidden_in: Cells) -> Change:
         """The change without the keys at hidden cells, boolean (rows, columns) of a grid."""
         x = self._replay.x
         keys = torch.ones(x.shape[0], *x.shape[2:], dtype=torch.bool, device=x.device)
@@ -183,26 +186,6 @@ class Influence:
             return [image_grid(feature, self._padded, self._size.resized, self._size.original)]
         return [roi_grid(feature, pooled, box) for box in self._boxes]
 
-    def _hidden_cells(self, region: Region) -> Callable[[Grid], np.ndarray]:
-        """From a grid to its cells in a region."""
-        array = np.asarray(region)
-        width, height = self._size.original
-        if array.dtype == bool and array.shape == (height, width):
-            return lambda grid: _cells_in_mask(grid, array)
-        if array.dtype == bool or array.shape not in ((2,), (4,)):
-            raise ValueError(
-                f"A region has the shape {list(array.shape)} of {array.dtype}; it must be a point "
-                f"(x, y), a box (x0, y0, x1, y1) or a boolean mask [{height}, {width}]."
-            )
-        array = array.astype(np.float64)
-        low, high = np.minimum(array[:2], array[-2:]), np.maximum(array[:2], array[-2:])
-        if not ((high >= 0).all() and (low <= (width, height)).all()):
-            raise ValueError(
-                f"The region {array.tolist()} lies outside the image, which is {width} pixels wide "
-                f"and {height} high."
-            )
-        return lambda grid: _cells_in(grid, low, high)
-
     def _change(self, after: Scores) -> Change:
         before = self.scores
         box = 1 - torch.diagonal(pairwise_iou(Boxes(before.boxes), Boxes(after.boxes)))
@@ -220,46 +203,3 @@ def _block_of(model: nn.Module, name: str) -> NonLocalBase:
         there = f"there are {', '.join(blocks)}" if blocks else "the model has none"
         raise KeyError(f"No non-local block has the name {name!r}; {there}.")
     return blocks[name]
-
-
-def _cells_in(grid: Grid, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Cells, boolean (rows, columns), whose centers lie in a box, or the one that contains it."""
-    hidden = np.zeros((grid.rows, grid.columns), dtype=bool)
-    x0, y0, x1, y1 = grid.bounds
-    if (high >= (x0, y0)).all() and (low <= (x1, y1)).all():
-        inside = np.concatenate([np.maximum(low, (x0, y0)), np.minimum(high, (x1, y1))])
-        cells = grid.cells_in(inside)
-        hidden[cells[:, 1], cells[:, 0]] = True
-    return hidden
-
-
-def cell_indices(grid: Grid, shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Row and column, of a grid of (rows, columns) over an image, that each cell's center is in.
-
-    Args:
-        grid: Cells of a block, R rows and C columns.
-        shape: (rows, columns) of the grid over the image.
-        size: (width, height) of the image in pixels.
-
-    Returns:
-        Integer array (2, R, C).
-    """
-    (rows, columns), (width, height) = shape, size
-    x, y = grid.centers()
-    column = np.minimum((x * columns / width).astype(np.int64), columns - 1)
-    row = np.minimum((y * rows / height).astype(np.int64), rows - 1)
-    return np.stack(np.broadcast_arrays(row[:, None], column[None, :]))
-
-
-def _cells_of(grid: Grid, cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Cells, boolean (rows, columns), whose centers lie in cells of another grid."""
-    row, column = cell_indices(grid, cells.shape, size)
-    return cells[row, column]
-
-
-def _cells_in_mask(grid: Grid, mask: np.ndarray) -> np.ndarray:
-    """Cells, boolean (rows, columns), whose centers lie in a mask (H, W)."""
-    columns, rows = grid.centers()
-    x = np.clip(columns.astype(np.int64), 0, mask.shape[1] - 1)
-    y = np.clip(rows.astype(np.int64), 0, mask.shape[0] - 1)
-    return mask[np.ix_(y, x)]

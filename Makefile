@@ -2,12 +2,23 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin/python
+SETUP = "$(PYTHON)" tools/bootstrap.py --venv "$(VENV)"
 
-.PHONY: demo test test-quick test-numerics docs setup lint format clean
+.PHONY: demo gpu-report test test-quick test-numerics docs setup lint format clean
 
 # Continues a demo that was stopped; a finished one is evaluated and drawn again.
 demo: setup
 	DETECTRON2_DATASETS=datasets "$(BIN)" -W ignore tools/demo.py
+
+# With the packages of PYTHON if they can use a GPU, nothing is fetched; or else as the others.
+SEES_GPU = import torch, nonlocal_det.cli.benchmark; exit(not torch.cuda.is_available())
+GPU_REPORT = DETECTRON2_DATASETS=datasets "$$python" -W ignore tools/benchmark.py --gpu-report
+gpu-report:
+	@export PYTHONPATH=.; python="$(PYTHON)"; \
+	if ! "$$python" -W ignore -c "$(SEES_GPU)" 2>/dev/null; then \
+		$(SETUP) || exit; python="$(BIN)"; \
+	fi; \
+	$(GPU_REPORT)
 
 # Neighboring tests share models and stay together, until a process has nothing left to do.
 PYTEST = "$(BIN)" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -32,7 +43,7 @@ docs: setup
 
 # Makes the environment, repairs one whose making was interrupted, passes through a finished one.
 setup:
-	@"$(PYTHON)" tools/bootstrap.py --venv "$(VENV)"
+	@$(SETUP)
 
 lint: setup
 	"$(BIN)" -m ruff check .

@@ -16,9 +16,10 @@ from tiny_models import OURS, renamed, zoo_config
 from tool_process import run_tool
 
 from nonlocal_det.benchmark import detector
-from nonlocal_det.benchmark.cases import Case, make_function, minimum_operations
+from nonlocal_det.benchmark.cases import Case, make_function, minimum_operations, precision
 from nonlocal_det.cli.benchmark import main, make_cases, parse_args
 from nonlocal_det.layers import PAIRWISE
+from nonlocal_det.layers.non_local import SOFTMAX
 
 PROJECT = Path(__file__).parents[1]
 CONFIG = str(PROJECT / "configs" / "lamps_mask_rcnn_R18_NL.yaml")
@@ -52,22 +53,25 @@ def test_wrong_arguments_end_with_one_sentence(arguments, said, capsys):
 CASE = Case("aggregation", "gaussian", (8, 5, 7), "training", "float32", "cpu", 2, 1)
 
 
+@pytest.mark.parametrize("subsample", [False, True])
 @pytest.mark.parametrize("pairwise", PAIRWISE)
 @pytest.mark.parametrize("target", ["aggregation", "block"])
-def test_fast_and_dense_forms_are_one_function(target, pairwise):
+def test_all_forms_are_one_function(target, pairwise, subsample):
     """Outputs and gradients, of the same inputs and weights."""
     results = []
-    for form in ("fast", "dense"):
+    for form in ("fast", "dense", "sdpa") if pairwise in SOFTMAX else ("fast", "dense"):
         torch.manual_seed(0)
-        case = replace(CASE, target=target, pairwise=pairwise, form=form)
+        case = replace(CASE, target=target, pairwise=pairwise, form=form, subsample=subsample)
         function, inputs = make_function(case)
         if target == "block":
             torch.nn.init.normal_(function.out.weight, generator=torch.Generator().manual_seed(1))
         y = function(*inputs)
         y.sin().sum().backward()
         results.append([y, *(x.grad for x in inputs)])
-    for fast, dense in zip(*results):
-        torch.testing.assert_close(fast, dense, rtol=1e-4, atol=1e-5)
+    fast, *others = results
+    for other in others:
+        for ours, theirs in zip(fast, other):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_minimum_operations_by_hand():
@@ -75,6 +79,18 @@ def test_minimum_operations_by_hand():
     assert minimum_operations(CASE) == 2 * 3 * 2 * 35 * 35 * (8 + 4)
     block = replace(CASE, target="block", pairwise="concatenation", mode="inference")
     assert minimum_operations(block) == 2 * 4 * 2 * 35 * 8 * 4
+    subsampled = replace(CASE, subsample=True)  # to 3 x 4 keys
+    assert minimum_operations(subsampled) == 2 * 3 * 2 * 35 * 12 * (8 + 4)
+
+
+def test_tf32_is_allowed_for_its_own_dtype_alone_and_settings_come_back():
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in settings]
+    for dtype in ("float32", "tf32", "float16"):
+        with pytest.raises(KeyError), precision(dtype):
+            assert [backend.allow_tf32 for backend in settings] == [dtype == "tf32"] * 2
+            raise KeyError
+        assert [backend.allow_tf32 for backend in settings] == before
 
 
 def test_former_options_work_and_name_the_new_ones():
@@ -100,10 +116,11 @@ def test_baseline_and_blocks_do_the_same_work():
     assert all(torch.equal(baseline[name], blocks[name]) for name in baseline)
 
 
-def test_a_training_step_changes_no_weight():
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_training_step_changes_no_weight(mixed):
     model = detector.build_both(CONFIG, "cpu")["blocks"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    detector.train_step(model, detector.random_input((64, 96), 3))
+    detector.train_step(model, detector.random_input((64, 96), 3), mixed)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 

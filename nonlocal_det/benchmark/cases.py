@@ -1,15 +1,18 @@
 """Benchmark cases: an aggregation or a block, its inputs, and what it needs at least.
 
-Shape symbols: B batch, C channels, D inner channels, N positions, S spatial sizes.
+Shape symbols: B batch, C channels, D inner channels, V value channels, N query and M key positions,
+S spatial sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers import NonLocalBlock
@@ -23,7 +26,27 @@ from ..layers.pairwise import (
     softmax_weights,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# "tf32" is float32 whose products may be rounded to TF32 on a GPU; on a CPU it is float32.
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Allow TF32 in products and convolutions for the dtype "tf32", and forbid it for others."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = dtype == "tf32"
+        yield
+    finally:
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
 
 
 @dataclass(frozen=True)
@@ -39,8 +62,10 @@ class Case:
         device: "cpu" or "cuda".
         batch_size: Number of images, B.
         threads: Number of CPU threads.
-        form: Implementation: "fast" is the package's, "dense" holds the N x N attention weights,
-            "convolutions" has a block's 1x1 convolutions only.
+        form: Implementation: "fast" is the package's, "dense" holds the N x M attention weights,
+            "sdpa" calls PyTorch's scaled dot-product attention, for a softmax, and "convolutions"
+            has a block's 1x1 convolutions only.
+        subsample: Whether keys and values are max-pooled by 2.
     """
 
     target: str
@@ -52,11 +77,18 @@ class Case:
     batch_size: int
     threads: int
     form: str = "fast"
+    subsample: bool = False
 
     @property
     def positions(self) -> int:
         """Number of positions, N."""
         return int(torch.Size(self.shape[1:]).numel())
+
+    @property
+    def keys(self) -> int:
+        """Number of key positions, M."""
+        stride = 2 if self.subsample else 1
+        return int(torch.Size(-(-size // stride) for size in self.shape[1:]).numel())
 
     @property
     def inner_channels(self) -> int:
@@ -71,7 +103,7 @@ class Case:
     @property
     def name(self) -> str:
         """Label of the case in tables."""
-        size = "x".join(map(str, self.shape))
+        size = "x".join(map(str, self.shape)) + (" subsampled" if self.subsample else "")
         return f"{self.pairwise} {self.target}, {size}, {self.dtype}, {self.mode}"
 
 
@@ -86,39 +118,63 @@ def make_function(case: Case) -> Measured:
 
 
 def _make_aggregation(case: Case) -> Measured:
-    """The weighted sums over all positions alone, with their queries, keys and values."""
-    size, options = (case.batch_size, case.key_channels, case.positions), _tensor_options(case)
-    if case.pairwise == "concatenation":
-        size = (case.batch_size, case.positions)
-    theta, phi = torch.randn(size, **options), torch.randn(size, **options)
-    g = torch.randn(case.batch_size, case.inner_channels, case.positions, **options)
+    """The weighted sums over all keys alone, with their queries, keys and values."""
+    width = () if case.pairwise == "concatenation" else (case.key_channels,)
+    options = _tensor_options(case)
+    theta = torch.randn(case.batch_size, *width, case.positions, **options)
+    phi = torch.randn(case.batch_size, *width, case.keys, **options)
+    g = torch.randn(case.batch_size, case.inner_channels, case.keys, **options)
     return _aggregation(case), [theta, phi, g]
 
 
 def _aggregation(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The fast or the dense function of theta, phi and g."""
+    """The function of theta, phi and g in the case's form."""
     attention, weights, extra = softmax_attention, softmax_weights, (case.key_channels**-0.5,)
     if case.pairwise == "dot_product":
         attention, weights, extra = dot_product_attention, dot_product_weights, ()
     if case.pairwise == "concatenation":
         attention, weights, extra = concatenation_attention, concatenation_weights, ()
+    if case.form == "sdpa":
+        return lambda theta, phi, g: torch_attention(theta, phi, g, *extra)
     if case.form == "fast":
         return lambda theta, phi, g: attention(theta, phi, g, None, *extra)
     return lambda theta, phi, g: g @ weights(theta, phi, None, *extra).mT.to(g.dtype)
 
 
+def torch_attention(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
+    """PyTorch's scaled dot-product attention, with rows that its fused kernels take; (B, V, N).
+
+    Args:
+        theta: Queries, (B, D, N).
+        phi: Keys, (B, D, M).
+        g: Values, (B, V, M).
+        scale: Factor of the logits.
+    """
+    query, key, value = (x.mT.unsqueeze(1).contiguous() for x in (theta, phi, g))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).squeeze(1).mT
+
+
 class DenseBlock(NonLocalBlock):
-    """A block that holds its N x N attention weights."""
+    """A block that holds its N x M attention weights."""
 
     def _attend(self, theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
         return g @ self._weights(theta, phi, mask).mT.to(g.dtype)
 
 
+class TorchAttentionBlock(NonLocalBlock):
+    """A block with a softmax that calls `torch_attention`; it has no masks."""
+
+    def _attend(self, theta: Tensor, phi: Tensor, g: Tensor, mask: Optional[Tensor]) -> Tensor:
+        return torch_attention(*self._compared(theta, phi), g, self.scale)
+
+
+_BLOCKS = {"fast": NonLocalBlock, "dense": DenseBlock, "sdpa": TorchAttentionBlock}
+
+
 def _make_block(case: Case) -> Measured:
-    block_type = NonLocalBlock if case.form == "fast" else DenseBlock
     scale = True if case.pairwise in SOFTMAX else None  # as in other implementations
-    dims = len(case.shape) - 1
-    block = block_type(case.shape[0], dims=dims, pairwise=case.pairwise, scale=scale)
+    options = {"dims": len(case.shape) - 1, "pairwise": case.pairwise, "scale": scale}
+    block = _BLOCKS[case.form](case.shape[0], subsample=case.subsample, **options)
     block = block.to(case.device, DTYPES[case.dtype])
     x = torch.randn(case.batch_size, *case.shape, **_tensor_options(case))
     return block.train(case.mode == "training"), [x]
@@ -140,10 +196,10 @@ def _tensor_options(case: Case) -> dict[str, object]:
 
 def minimum_operations(case: Case) -> float:
     """Number of multiplications and additions in the matrix products that a case needs."""
-    n, width, inner = case.positions, case.key_channels, case.inner_channels
-    operations = 2 * n * n * (width + inner)
+    n, m, width, inner = case.positions, case.keys, case.key_channels, case.inner_channels
+    operations = 2 * n * m * (width + inner)
     if case.pairwise == "dot_product":
-        operations = min(operations, 4 * n * width * inner)
+        operations = min(operations, 2 * (n + m) * width * inner)
     if case.pairwise == "concatenation":
         operations = 0
     if case.target == "block":
@@ -155,7 +211,7 @@ def minimum_operations(case: Case) -> float:
 def fits_in_memory(case: Case) -> bool:
     """Whether free memory holds the dense form: 3 copies of its weights, or 4 with gradients."""
     copies = 4 if case.mode == "training" else 3
-    needed = copies * case.batch_size * case.positions**2 * DTYPES[case.dtype].itemsize
+    needed = copies * case.batch_size * case.positions * case.keys * DTYPES[case.dtype].itemsize
     return needed < _available_memory(case.device)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from detectron2.modeling import build_model
@@ -19,6 +21,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..config import load_config
+from .measure import peak_memory
 
 Inputs = list[dict[str, object]]
 
@@ -38,22 +41,54 @@ def time_detector(
         FileNotFoundError: If the configuration does not exist.
         ValueError: If the configuration has a wrong key, value or position.
     """
+    for row in measure_detector(config_file, size, repeats, device):
+        low, high = row["ratio_range"]
+        yield (
+            f"{row['mode']:10} without blocks {row['baseline_seconds']:7.3f} s   "
+            f"with blocks {row['blocks_seconds']:7.3f} s   "
+            f"ratio {row['ratio']:.3f} (from {low:.3f} to {high:.3f})"
+        )
+
+
+def measure_detector(
+    config_file: str, size: tuple[int, int], repeats: int, device: str, mixed: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield the measurements of inference, then those of training.
+
+    Args:
+        config_file: Path of a YAML file, or its name in the model zoo.
+        size: Height and width of the input image in pixels.
+        repeats: Number of timed runs of each detector, after one that warms up.
+        device: Device to run on, "cpu" or "cuda".
+        mixed: Whether to run under autocast, in its default dtype.
+
+    Yields:
+        ``mode``; ``baseline_seconds``, ``blocks_seconds`` and ``ratio``, medians; ``ratio_range``,
+        the smallest and the largest ratio; on a GPU ``baseline_bytes`` and ``blocks_bytes``, peak
+        memory.
+    """
     models = build_both(config_file, device)
     inputs = random_input(size, *num_predicted(models["baseline"]))
     for mode, run in (("inference", infer), ("training", train_step)):
+        runs = {name: partial(run, model, inputs, mixed) for name, model in models.items()}
         seconds: dict[str, list[float]] = {name: [] for name in models}
         for i in range(repeats + 1):
             for name in sorted(models, reverse=bool(i % 2)):
                 start = time.perf_counter()
-                run(models[name], inputs)
+                runs[name]()
                 seconds[name].append(time.perf_counter() - start)
         baseline, blocks = (seconds[name][1:] for name in ("baseline", "blocks"))
         ratios = [ours / theirs for ours, theirs in zip(blocks, baseline)]
-        yield (
-            f"{mode:10} without blocks {statistics.median(baseline):7.3f} s   "
-            f"with blocks {statistics.median(blocks):7.3f} s   "
-            f"ratio {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
-        )
+        row = {
+            "mode": mode,
+            "baseline_seconds": statistics.median(baseline),
+            "blocks_seconds": statistics.median(blocks),
+            "ratio": statistics.median(ratios),
+            "ratio_range": [min(ratios), max(ratios)],
+        }
+        if device == "cuda":
+            row.update({f"{name}_bytes": peak_memory(device, run) for name, run in runs.items()})
+        yield row
 
 
 def build_both(config_file: str, device: str) -> dict[str, nn.Module]:
@@ -105,21 +140,31 @@ def random_input(
     ]
 
 
-def infer(model: nn.Module, inputs: Inputs) -> None:
+def infer(model: nn.Module, inputs: Inputs, mixed: bool = False) -> None:
     """Run inference and wait for the device."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(_device(model), enabled=mixed):
         model.eval()(inputs)
     _synchronize()
 
 
-def train_step(model: nn.Module, inputs: Inputs) -> None:
-    """Run a training step that changes no weight, and wait for the device."""
+def train_step(model: nn.Module, inputs: Inputs, mixed: bool = False) -> None:
+    """Run a training step that changes no weight, and wait for the device.
+
+    In mixed precision, a step whose gradients are not finite is left out, as in training.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=0.9)
-    sum(training_losses(model, inputs).values()).backward()
-    optimizer.step()
+    scaler = torch.amp.GradScaler(_device(model), init_scale=1.0, enabled=mixed)
+    with torch.autocast(_device(model), enabled=mixed):
+        losses = training_losses(model, inputs)
+    scaler.scale(sum(losses.values())).backward()
+    scaler.step(optimizer)
     optimizer.zero_grad()
     _synchronize()
+
+
+def _device(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
 
 
 def training_losses(model: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, Case, fits_in_memory, make_function, minimum_operations
+from .cases import DTYPES, Case, fits_in_memory, make_function, minimum_operations, precision
 
 
 def measure_forms(case: Case, repeats: int, skip_dense: bool = False) -> dict[str, object]:
@@ -79,13 +79,19 @@ def measure(case: Case) -> dict[str, float]:
         the best matrix product.
     """
     torch.set_num_threads(case.threads)
+    with precision(case.dtype):
+        return {**measure_calls(case), "rate": matmul_rate(case)}
+
+
+def measure_calls(case: Case, budget: float = 2.0) -> dict[str, float]:
+    """``seconds`` and ``bytes`` of `measure`; timing takes about ``budget`` seconds."""
     torch.manual_seed(0)
     tiny = replace(case, shape=(case.shape[0], *(2 for _ in case.shape[1:])))
     _call(*make_function(tiny))  # loads code
     function, inputs = make_function(case)
     peak = peak_memory(case.device, lambda: _call(function, inputs))
-    seconds = median_seconds(case.device, lambda: _call(function, inputs))
-    return {"seconds": seconds, "bytes": peak, "rate": matmul_rate(case)}
+    seconds = median_seconds(case.device, lambda: _call(function, inputs), budget)
+    return {"seconds": seconds, "bytes": peak}
 
 
 def _call(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:

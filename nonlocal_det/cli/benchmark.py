@@ -3,6 +3,7 @@
     nonlocal-det benchmark
     nonlocal-det benchmark --target block --pairwise dot_product --shape 256x200x336
     nonlocal-det benchmark --config-file mask_rcnn_R50_NL
+    nonlocal-det benchmark --gpu-report
 
 "fast" is the package's implementation; "dense" holds the attention weights, multiplies, and leaves
 the backward pass to autograd, as is usual. Each measurement is a process of its own. Fast and dense
@@ -13,6 +14,11 @@ which favors the dense form: unscaled, many weights are denormal numbers, with w
 Peak memory is what a call adds to its inputs: on a CPU the resident set, on a GPU the allocations
 of PyTorch. The floor is the time of the case's own matrix products at the best rate of matrix
 products that was measured next to it; "convolutions" is the time of a block's own 1x1 convolutions.
+
+--gpu-report measures a fixed set of cases on the GPU instead: the kernels that run, time and
+memory, exactness, a whole detector, and a short training. It writes gpu_report.json and
+gpu_report.md, by default to output/gpu_report, and ends with exit code 1 if a result is wrong.
+Without a GPU it checks itself on the CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from typing import Any, Optional
 
@@ -27,6 +34,7 @@ import torch
 
 from ..benchmark.cases import DTYPES, Case
 from ..benchmark.detector import time_detector
+from ..benchmark.gpu_report import run as gpu_report
 from ..benchmark.measure import measure_forms
 from ..benchmark.report import FILES, machine_info, results_table, write_results
 from ..errors import exit_on_error
@@ -38,6 +46,7 @@ from . import program_name
 
 SHAPES = ((512, 100, 168), (1024, 50, 84))
 MODES = ("inference", "training")
+GPU_OUTPUT = os.path.join("output", "gpu_report")
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -51,7 +60,20 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU; use --device cpu.")
+    _check_gpu_report(parser, args)
     return args
+
+
+def _check_gpu_report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options that have no effect with or without --gpu-report."""
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if args.gpu_report:
+        unused = [name for name in given if name not in ("gpu_report", "budget", "output")]
+        if unused:
+            option = unused[0].replace("_", "-")
+            parser.error(f"--gpu-report measures a fixed set of cases; leave out --{option}.")
+    elif "budget" in given:
+        parser.error("--budget is the time of --gpu-report, which is missing.")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +116,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="image size in pixels, for --config-file",
     )
 
+    add("--gpu-report", action="store_true", help="report what the package does on a GPU")
+    add(
+        "--budget",
+        type=_positive,
+        default=600,
+        metavar="SECONDS",
+        help="time for --gpu-report, which leaves out what no longer fits",
+    )
+
 
 def _target(text: str) -> str:
     if text == "sums":
@@ -131,6 +162,8 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure, print and write the results."""
     args = parse_args(argv)
+    if args.gpu_report:
+        return report_gpu(args.output or GPU_OUTPUT, args.budget)
     outputs = CommandOutputs("benchmark")
     with exit_on_error(ValueError, OSError, RuntimeError):
         if args.output:
@@ -156,3 +189,35 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 write_results(drafts, machine, rows)
             print(f"Wrote {' and '.join(FILES)} to {args.output}.")
     return 0
+
+
+def report_gpu(folder: str, budget: float) -> int:
+    """Write the report on the GPU, part by part; 1 if a result is wrong, 130 if interrupted."""
+    outputs = CommandOutputs("benchmark")
+
+    def keep(report: gpu_report.Report) -> None:
+        with outputs.drafts(folder) as drafts:
+            gpu_report.write_report(report, drafts)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        print("There is no GPU here: the report checks itself on the CPU, at small sizes.")
+    page = os.path.join(folder, gpu_report.FILES[1])
+    try:
+        with exit_on_error(OSError):
+            ensure_writable_dir(folder)
+            outputs.check(*(os.path.join(folder, name) for name in gpu_report.FILES))
+            report = gpu_report.make_report(
+                device,
+                budget,
+                keep=keep,
+                run=gpu_report.run_in_processes,
+                show=partial(print, flush=True),
+            )
+    except KeyboardInterrupt:
+        print(f"\nInterrupted: {page} has what was measured.")
+        return 130
+    for failure in report["failures"]:
+        print(f"FAILED: {failure}")
+    print(f"Wrote {page}, and the same as {gpu_report.FILES[0]}.")
+    return 1 if report["failures"] else 0

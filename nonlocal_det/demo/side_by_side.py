@@ -7,11 +7,11 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from ..engine.training_process import LOG, failure_message, start_training
+from ..engine.training_process import ended_at_exit, failure_message, last_line, start_training
 
 ACCURACY = "fast_rcnn/fg_cls_accuracy"
 _INTERVAL = 20  # iterations between two lines; detectron2 writes its metrics as often
@@ -74,23 +74,9 @@ def train_models(
     """
     show(f"  {'iteration':>12}" + "".join(f"{model.name:>18}" for model in models) + "   time left")
     for together in [models] if at_once else [[model] for model in models]:
-        with _processes(together, config_file) as processes:
+        processes = [start_training(config_file, model.options, model.folder) for model in together]
+        with ended_at_exit(processes):
             _watch(models, together, processes, max_iter, show)
-
-
-@contextlib.contextmanager
-def _processes(
-    models: Sequence[Model], config_file: str
-) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Start the trainings; in the end, also after an error, none is left running."""
-    processes = [start_training(config_file, model.options, model.folder) for model in models]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-            process.wait()
 
 
 def _watch(
@@ -106,7 +92,9 @@ def _watch(
         codes = [process.poll() for process in processes]
         for model, code in zip(running, codes):
             if code:
-                raise RuntimeError(f"{failure_message(model.folder, code)} {_last_line(model)}")
+                raise RuntimeError(
+                    f"{failure_message(model.folder, code)} {last_line(model.folder)}"
+                )
         records = {model: _last_record(model) for model in models}
         of_running = [records[model] for model in running]
         done = min(record.get("iteration", -1) + 1 for record in of_running)
@@ -142,12 +130,6 @@ def _last_record(model: Model) -> dict[str, Any]:
             if ACCURACY in record:
                 return record
     return {}
-
-
-def _last_line(model: Model) -> str:
-    """The last line of a training's output, which says why it failed."""
-    with open(os.path.join(model.folder, LOG), encoding="utf-8", errors="replace") as file:
-        return file.read().rstrip().rpartition("\n")[2]
 
 
 def _percent(share: Optional[float]) -> str:

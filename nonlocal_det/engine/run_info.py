@@ -84,7 +84,7 @@ def append_run_info(folder: str, *, seed: int, resume: bool) -> None:
         "seed": seed,
         "processes": comm.get_world_size(),
         "machine": _machine(),
-        "versions": _versions(),
+        "versions": versions(),
         "git": {
             "working_folder": commit_of(os.getcwd()),
             "nonlocal_det": commit_of(os.path.dirname(nonlocal_det.__file__)),
@@ -106,7 +106,8 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, Optional[str]]:
+def versions() -> dict[str, Optional[str]]:
+    """Versions of Python, this package, and what it runs on."""
     return {
         "python": platform.python_version(),
         "nonlocal_det": nonlocal_det.__version__,

@@ -6,7 +6,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 LOG = "output.txt"
 PROMPT = b"$ "  # begins the log
@@ -37,6 +38,18 @@ def start_training(
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
+@contextmanager
+def ended_at_exit(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """In the end, also after an error, leave none of the trainings running."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+            process.wait()
+
+
 def num_cores() -> int:
     """Number of CPU cores that this process may use, which is that of trainings at a time."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
@@ -55,3 +68,9 @@ def is_just_begun(folder: str) -> bool:
 def failure_message(folder: str, exit_code: int) -> str:
     """One sentence on a training that failed, with the file of its output."""
     return f"{folder} failed with exit code {exit_code}: see {os.path.join(folder, LOG)}."
+
+
+def last_line(folder: str) -> str:
+    """The last line of a training's output, which says why it failed."""
+    with open(os.path.join(folder, LOG), encoding="utf-8", errors="replace") as file:
+        return file.read().rstrip().rpartition("\n")[2]

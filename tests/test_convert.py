@@ -5,6 +5,7 @@ with their names; the weights are random.
 
 Mutations tried by hand; each makes at least one test here fail:
 the bias under BN dropped, or added to the mean; a frozen scale kept from the bias; phi and g
+exchanged; timm's scale dropped, or kept from the bias of theta; weight and bias of the layer norm
 exchanged.
 """
 
@@ -16,13 +17,23 @@ import torch.nn.functional as F
 from tolerances import assert_near, sensitivity, steps_of_block
 
 from nonlocal_det import NonLocalBlock
-from nonlocal_det.checkpoint.convert import convert_alexhex7, convert_caffe2, convert_mmcv
+from nonlocal_det.checkpoint.convert import (
+    convert_alexhex7,
+    convert_caffe2,
+    convert_mmcv,
+    convert_mmcv_context,
+    convert_pytorchvideo,
+    convert_timm,
+    convert_timm_context,
+)
+from nonlocal_det.layers import GlobalContextBlock
 
 pytestmark = pytest.mark.numeric
 
 C, D = 6, 4
 X = torch.randn(2, C, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+WEIGHT_AND_BIAS = ("weight", "bias")
 
 
 def random(*shape):
@@ -198,6 +209,77 @@ def test_caffe2_keeps_three_dimensions():
     block.double().load_state_dict(convert_caffe2(blobs, "nl", dims=3))
 
 
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("norm", ["", "BN"])
+@pytest.mark.parametrize("instantiation", ["softmax", "dot_product"])
+def test_pytorchvideo(instantiation, norm, pool):
+    torch.manual_seed(4)
+    state = {}
+    for part in ("theta", "phi", "g"):
+        state.update(conv(f"conv_{part}", C, D, dims=3))
+    state.update({**conv("conv_out", D, C, dims=3), **(batch_norm("norm", C) if norm else {})})
+    # The image as a clip of one frame.
+    image = {name: x.squeeze(-1) if x.dim() > 1 else x for name, x in state.items()}
+    pooled = F.max_pool2d(X, 2) if pool else X
+    theta = apply_conv(image, "conv_theta", X).flatten(2)
+    phi, g = (apply_conv(image, f"conv_{part}", pooled).flatten(2) for part in ("phi", "g"))
+    pairwise = "embedded_gaussian" if instantiation == "softmax" else "dot_product"
+    weights = pairs(pairwise, theta, phi, scale=D**-0.5)
+    out = apply_conv(image, "conv_out", gather(weights, g, X))
+    expected = X + (apply_batch_norm(image, "norm", out) if norm else out)
+
+    settings = {"pairwise": pairwise, "norm": norm, "scale": instantiation == "softmax"}
+    converted = convert_pytorchvideo(state, dims=2)
+    assert_gives(loaded(converted, subsample=pool, pool_first=True, **settings), expected)
+    clips = NonLocalBlock(C, dims=3, inner_channels=D, **settings).double().eval()
+    clips.load_state_dict(convert_pytorchvideo(state))
+
+
+@pytest.mark.parametrize("use_scale", [False, True])
+def test_timm(use_scale):
+    torch.manual_seed(5)
+    state = batch_norm("norm", C)
+    for name in ("t", "p", "g"):
+        state.update(conv(name, C, D))
+    state.update(conv("z", D, C))
+    t, p, g = (apply_conv(state, name, X).flatten(2) for name in ("t", "p", "g"))
+    weights = pairs("embedded_gaussian", t, p, scale=C**-0.5 if use_scale else 1.0)
+    out = apply_batch_norm(state, "norm", apply_conv(state, "z", gather(weights, g, X)))
+    assert_gives(loaded(convert_timm(state, use_scale), scale=False), X + out)
+
+
+@pytest.mark.parametrize(
+    ("convert", "names", "size"),
+    [
+        (
+            convert_mmcv_context,
+            ("conv_mask", "channel_add_conv.0", "channel_add_conv.1", "channel_add_conv.3"),
+            (D, 1, 1),
+        ),
+        (
+            convert_timm_context,
+            ("conv_attn", "mlp_add.fc1", "mlp_add.norm", "mlp_add.fc2"),
+            (D,),
+        ),
+    ],
+)
+def test_global_context(convert, names, size):
+    """The two differ in their names, and in the size of the layer norm's weights."""
+    torch.manual_seed(6)
+    mask, first, norm, last = names
+    state = {**conv(mask, C, 1), **conv(first, C, D), **conv(last, D, C)}
+    state.update({f"{norm}.weight": random(*size), f"{norm}.bias": random(*size)})
+    weights = apply_conv(state, mask, X).flatten(1).softmax(dim=1)
+    context = torch.einsum("bcn,bn->bc", X.flatten(2), weights)[..., None, None]
+    hidden = apply_conv(state, first, context).flatten(1)
+    hidden = F.layer_norm(hidden, (D,), *(state[f"{norm}.{x}"].flatten() for x in WEIGHT_AND_BIAS))
+    out = apply_conv(state, last, hidden.relu()[..., None, None])
+
+    block = GlobalContextBlock(C, inner_channels=D).double().eval()
+    block.load_state_dict(convert(state))
+    assert_gives(block, X + out)
+
+
 @pytest.mark.parametrize(
     ("convert", "said"),
     [
@@ -206,6 +288,10 @@ def test_caffe2_keeps_three_dimensions():
         (lambda: convert_alexhex7(conv("g", C, D)), "out.weight is missing"),
         (lambda: convert_caffe2({"conv1_w": X}, "nonlocal_conv4_4"), "'nonlocal_conv4_4'"),
         (lambda: convert_caffe2({"nl_color": X}, "nl"), "'color' is not a tensor of the Caffe2"),
+        (lambda: convert_timm(conv("theta", C, D)), "'theta.weight' is not a tensor of timm's"),
+        (lambda: convert_pytorchvideo(conv("conv_g", C, D)), "out.weight is missing"),
+        (lambda: convert_mmcv_context(conv("conv_mask", C, 1)), "w_v1.weight is missing"),
+        (lambda: convert_timm_context(conv("mlp_scale.fc1", C, D)), "'mlp_scale.fc1.weight' is"),
     ],
 )
 def test_names_of_another_module_are_an_error(convert, said):

@@ -25,6 +25,7 @@ from ..layers.pairwise import (
     softmax_attention,
     softmax_weights,
 )
+from .peers import GLOBAL_CONTEXT, PEERS, Setting
 
 # "tf32" is float32 whose products may be rounded to TF32 on a GPU; on a CPU it is float32.
 DTYPES = {
@@ -55,7 +56,8 @@ class Case:
 
     Attributes:
         target: Kind of function, "aggregation" or "block".
-        pairwise: Pairwise function, one of `nonlocal_det.layers.PAIRWISE`.
+        pairwise: Pairwise function, one of `nonlocal_det.layers.PAIRWISE`, or with a peer
+            `GLOBAL_CONTEXT`.
         shape: Channels and spatial sizes of the block's input, (C, *S).
         mode: "inference" for the forward pass, "training" for forward and backward.
         dtype: Name of the tensors' dtype, one of `DTYPES`.
@@ -63,8 +65,10 @@ class Case:
         batch_size: Number of images, B.
         threads: Number of CPU threads.
         form: Implementation: "fast" is the package's, "dense" holds the N x M attention weights,
-            "sdpa" calls PyTorch's scaled dot-product attention, for a softmax, and "convolutions"
-            has a block's 1x1 convolutions only.
+            "sdpa" calls PyTorch's scaled dot-product attention, for a softmax, "convolutions" has a
+            block's 1x1 convolutions only, and "peer" is that of ``peer``.
+        peer: Name in `PEERS` of the block of another package whose settings and weights a block
+            has, or "".
         subsample: Whether keys and values are max-pooled by 2.
     """
 
@@ -77,6 +81,7 @@ class Case:
     batch_size: int
     threads: int
     form: str = "fast"
+    peer: str = ""
     subsample: bool = False
 
     @property
@@ -91,9 +96,14 @@ class Case:
         return int(torch.Size(-(-size // stride) for size in self.shape[1:]).numel())
 
     @property
+    def pairs(self) -> int:
+        """Number of pairs of a query and a key, N M; N if all queries share their weights."""
+        return self.positions * (1 if self.pairwise == GLOBAL_CONTEXT else self.keys)
+
+    @property
     def inner_channels(self) -> int:
-        """Channels of the values, D."""
-        return max(self.shape[0] // 2, 1)
+        """Channels of the values, D, or of the bottleneck of a global context block."""
+        return max(self.shape[0] // (16 if self.pairwise == GLOBAL_CONTEXT else 2), 1)
 
     @property
     def key_channels(self) -> int:
@@ -112,6 +122,8 @@ Measured = tuple[Callable[..., Tensor], list[Tensor]]
 
 def make_function(case: Case) -> Measured:
     """Build the function of a case and its random inputs."""
+    if case.peer:
+        return _make_pair(case)
     if case.form == "convolutions":
         return _make_convolutions(case)
     return _make_block(case) if case.target == "block" else _make_aggregation(case)
@@ -180,6 +192,19 @@ def _make_block(case: Case) -> Measured:
     return block.train(case.mode == "training"), [x]
 
 
+def _make_pair(case: Case) -> Measured:
+    """Our block, or the peer's, with the weights and the input that both get."""
+    channels = case.shape[0]
+    setting = Setting(channels, case.inner_channels, case.pairwise, case.subsample)
+    ours, theirs = PEERS[case.peer].make_pair(setting)
+    block = (ours if case.form == "fast" else theirs).to(case.device, DTYPES[case.dtype])
+    x = torch.randn(case.batch_size, *case.shape, **_tensor_options(case))
+    if case.pairwise == "gaussian":
+        with torch.no_grad():
+            x.mul_(channels**-0.25)  # peers do not scale its logits, the products of x with itself
+    return block.train(case.mode == "training"), [x]
+
+
 def _make_convolutions(case: Case) -> Measured:
     block, inputs = _make_block(replace(case, form="fast"))
     inner = [conv for name, conv in block.named_children() if name in ("theta", "phi", "g")]
@@ -209,9 +234,14 @@ def minimum_operations(case: Case) -> float:
 
 
 def fits_in_memory(case: Case) -> bool:
-    """Whether free memory holds the dense form: 3 copies of its weights, or 4 with gradients."""
+    """Whether free memory holds the dense form: 3 copies of its weights, or 4 with gradients.
+
+    Peers hold the 2 D features of each pair that the concatenation compares.
+    """
     copies = 4 if case.mode == "training" else 3
-    needed = copies * case.batch_size * case.positions * case.keys * DTYPES[case.dtype].itemsize
+    if case.peer and case.pairwise == "concatenation":
+        copies *= 2 * case.inner_channels
+    needed = copies * case.batch_size * case.pairs * DTYPES[case.dtype].itemsize
     return needed < _available_memory(case.device)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor
 
 from .cases import DTYPES, Case, fits_in_memory, make_function, minimum_operations, precision
+from .peers import PEERS
+
+Runs = dict[str, list[dict[str, float]]]
 
 
 def measure_forms(case: Case, repeats: int, skip_dense: bool = False) -> dict[str, object]:
@@ -41,29 +45,42 @@ def measure_forms(case: Case, repeats: int, skip_dense: bool = False) -> dict[st
         forms.append("dense")
     if case.target == "block":
         forms.append("convolutions")
-    results: dict[str, list[dict[str, float]]] = {form: [] for form in forms}
-    for _, form in product(range(repeats), forms):
-        results[form].append(measure_in_new_process(replace(case, form=form)))
-    row: dict[str, object] = {"case": asdict(case), "name": case.name}
-    for form, runs in results.items():
-        for key in ("seconds", "bytes"):
-            row[f"{form}_{key}"] = statistics.median(run[key] for run in runs)
-    row["matmul_rate"] = max(run["rate"] for runs in results.values() for run in runs)
+    runs = measure_in_turn(case, forms, repeats)
+    row: dict[str, object] = {"case": asdict(case), "name": case.name, **medians(runs)}
+    row["matmul_rate"] = max(run["rate"] for of_form in runs.values() for run in of_form)
     row["floor_seconds"] = minimum_operations(case) / row["matmul_rate"]
     return row
 
 
-def measure_in_new_process(case: Case) -> dict[str, float]:
-    """Measure in a fresh process, forked from a server that has imported the code.
+def measure_in_turn(case: Case, forms: Sequence[str], repeats: int) -> Runs:
+    """Measure forms of a case alternately, each time in a process of its own."""
+    runs: Runs = {form: [] for form in forms}
+    for _, form in product(range(repeats), forms):
+        runs[form].append(in_new_process(measure, replace(case, form=form)))
+    return runs
+
+
+def medians(runs: Runs) -> dict[str, float]:
+    """The medians ``<form>_seconds`` and ``<form>_bytes`` of `measure_in_turn`."""
+    return {
+        f"{form}_{key}": statistics.median(run[key] for run in of_form)
+        for form, of_form in runs.items()
+        for key in ("seconds", "bytes")
+    }
+
+
+def in_new_process(function: Callable[[Case], dict[str, float]], case: Case) -> dict[str, float]:
+    """Call a function in a fresh process, forked from a server that has imported the code.
 
     Raises:
         RuntimeError: If the process dies, which is mostly for lack of memory.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nonlocal_det.layers"])
+    peers = {peer.module for peer in PEERS.values()} & sys.modules.keys()
+    context.set_forkserver_preload(["nonlocal_det.layers", *sorted(peers)])
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(measure, case).result()
+            return pool.submit(function, case).result()
     except BrokenProcessPool as error:
         raise RuntimeError(
             f"The process for {case.name} ({case.form}) died, perhaps out of memory; give a "

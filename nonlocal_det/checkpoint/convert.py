@@ -1,23 +1,28 @@
 """Conversion of weights from other implementations of the non-local block.
 
 Each function takes the tensors of one block, by their names relative to it, and returns the state
-dict of a `NonLocalBlock`. With the settings it lists, outputs are equal. With BN, ``out`` has no
-bias here: it is subtracted from the running mean, which is equivalent. The other implementations
-round sizes down when they pool: with ``subsample``, outputs are equal for even heights and widths.
+dict of a `NonLocalBlock`, or of a `GlobalContextBlock`. With the settings it lists, outputs are
+equal. With BN, ``out`` has no bias here: it is subtracted from the running mean, which is
+equivalent. The other implementations round sizes down when they pool: with ``subsample``, outputs
+are equal for even heights and widths.
 
-Sources: mmcv (open-mmlab/mmcv, ``mmcv/cnn/bricks/non_local.py``), AlexHex7/Non-local_pytorch
-(``lib/non_local_*.py``), facebookresearch/video-nonlocal-net (``lib/models/nonlocal_helper.py``).
+Sources: mmcv (open-mmlab/mmcv, ``mmcv/cnn/bricks/non_local.py`` and ``context_block.py``),
+AlexHex7/Non-local_pytorch (``lib/non_local_*.py``), facebookresearch/video-nonlocal-net
+(``lib/models/nonlocal_helper.py``), facebookresearch/pytorchvideo
+(``pytorchvideo/layers/nonlocal_net.py``), timm (huggingface/pytorch-image-models,
+``timm/layers/non_local_attn.py`` and ``global_context.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _EMBEDDINGS = ("theta", "phi", "g")
+_WEIGHT_AND_BIAS = ("weight", "bias")
 
 
 def convert_mmcv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,18 +90,109 @@ def convert_caffe2(blobs: Mapping[str, Any], prefix: str, dims: int = 2) -> dict
     for part in (*_EMBEDDINGS, "out"):
         names.update({f"{part}_w": f"{part}.weight", f"{part}_b": f"{part}.bias"})
     block = _rename(state, names, f"the Caffe2 code, after {prefix!r}")
-    for part in ("g", "out", *(("theta", "phi") if "theta.weight" in block else ())):
-        weight = block[f"{part}.weight"]
-        block[f"{part}.weight"] = weight.reshape(*weight.shape[:2], *[1] * dims)
+    _reshape_kernels(block, dims)
+    for part in _convolutions(block):
         # With its NO_BIAS there are none.
+        weight = block[f"{part}.weight"]
         block.setdefault(f"{part}.bias", weight.new_zeros(weight.shape[0]))
     if "norm.weight" in block and "norm.running_mean" not in block:
         _fold_affine(block)
     return _finish(block)
 
 
-def _rename(
+def convert_pytorchvideo(state: Mapping[str, Tensor], dims: int = 3) -> dict[str, Tensor]:
+    """Convert a ``NonLocal`` of pytorchvideo, such as ``create_nonlocal`` makes.
+
+    Settings for equal outputs: ``pool_first`` True; ``subsample`` as its ``pool_size``;
+    ``pairwise`` "embedded_gaussian" with ``scale`` True for its ``instantiation`` "softmax", or
+    "dot_product"; ``inner_channels`` as its ``dim_inner``; ``norm`` "BN", or "" without its
+    ``norm``.
+
+    Args:
+        state: Tensors of the block.
+        dims: Number of spatial dimensions of the new block. With 2, it computes for an image what
+            the other does for a clip of one frame.
+
+    Raises:
+        ValueError: If the names are not those of such a block.
+    """
+    names = {f"conv_{part}": part for part in (*_EMBEDDINGS, "out")}
+    block = _rename(state, {**names, "norm": "norm"}, "pytorchvideo's NonLocal")
+    _reshape_kernels(block, dims)
+    return _finish(block)
+
+
+def convert_timm(state: Mapping[str, Tensor], use_scale: bool = True) -> dict[str, Tensor]:
+    """Convert a ``NonLocalAttn`` of timm.
+
+    Settings for equal outputs: ``scale`` False; ``inner_channels`` as its ``rd_channels``. It
+    divides logits by the square root of C, not of D: theta is divided by it instead.
+
+    Args:
+        state: Tensors of the block.
+        use_scale: Its option of that name.
+
+    Raises:
+        ValueError: If the names are not those of such a block.
+    """
+    names = {"t": "theta", "p": "phi", "g": "g", "z": "out", "norm": "norm"}
+    block = _rename(state, names, "timm's NonLocalAttn")
+    if use_scale:
+        root = block["theta.weight"].shape[1] ** 0.5
+        block.update({f"theta.{leaf}": block[f"theta.{leaf}"] / root for leaf in _WEIGHT_AND_BIAS})
+    return _finish(block)
+
+
+def convert_mmcv_context(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert a ``ContextBlock`` of mmcv to the state dict of a `GlobalContextBlock`.
+
+    Settings for equal outputs: its ``pooling_type`` "att" and ``fusion_types`` "channel_add", the
+    defaults; ``inner_channels`` of channels times its ``ratio``.
+
+    Args:
+        state: Tensors of the block.
+
+    Raises:
+        ValueError: If the names are not those of such a block.
+    """
+    names = {"conv_mask": "w_k"}
+    for i, part in ((0, "w_v1"), (1, "layer_norm"), (3, "out")):
+        names[f"channel_add_conv.{i}"] = part
+    return _context(state, names, "mmcv's ContextBlock with attention pooling and addition")
+
+
+def convert_timm_context(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert a ``GlobalContext`` of timm to the state dict of a `GlobalContextBlock`.
+
+    Settings for equal outputs: its ``fuse_add`` True and ``fuse_scale`` False, which are not the
+    defaults; ``inner_channels`` as its ``rd_channels``. Its layer norm has an eps of 1e-6, ours of
+    1e-5.
+
+    Args:
+        state: Tensors of the block.
+
+    Raises:
+        ValueError: If the names are not those of such a block.
+    """
+    names = {"conv_attn": "w_k", "mlp_add.fc1": "w_v1", "mlp_add.norm": "layer_norm"}
+    names["mlp_add.fc2"] = "out"
+    return _context(state, names, "timm's GlobalContext with attention and addition")
+
+
+def _context(
     state: Mapping[str, Tensor], names: Mapping[str, str], source: str
+) -> dict[str, Tensor]:
+    """Rename the tensors of a global context block, whose layer norm may have spatial sizes."""
+    block = _rename(state, names, source, required=names.values())
+    names_of_norm = [f"layer_norm.{leaf}" for leaf in _WEIGHT_AND_BIAS]
+    return {**block, **{name: block[name].flatten() for name in names_of_norm}}
+
+
+def _rename(
+    state: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    source: str,
+    required: Collection[str] = ("g", "out"),
 ) -> dict[str, Tensor]:
     """Rename tensors; ``names`` maps names of tensors, or of the modules that contain them."""
     renamed = {}
@@ -112,11 +208,23 @@ def _rename(
             )
     embedded = {"theta.weight", "phi.weight"}
     # A block with the Gaussian function has neither theta nor phi.
-    expected = {"g.weight", "out.weight", *(embedded if embedded & renamed.keys() else ())}
-    missing = expected - renamed.keys()
+    expected = {f"{part}.weight" for part in required}
+    missing = (expected | (embedded if embedded & renamed.keys() else set())) - renamed.keys()
     if missing:
         raise ValueError(f"{', '.join(sorted(missing))} is missing, which a block of {source} has.")
     return renamed
+
+
+def _convolutions(block: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of a block's convolutions."""
+    return ("g", "out", *(("theta", "phi") if "theta.weight" in block else ()))
+
+
+def _reshape_kernels(block: dict[str, Tensor], dims: int) -> None:
+    """Give the 1 x 1 x 1 kernels so many spatial dimensions."""
+    for part in _convolutions(block):
+        weight = block[f"{part}.weight"]
+        block[f"{part}.weight"] = weight.reshape(*weight.shape[:2], *[1] * dims)
 
 
 def _finish(block: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@
     nonlocal-det benchmark --target block --pairwise dot_product --shape 256x200x336
     nonlocal-det benchmark --config-file mask_rcnn_R50_NL
     nonlocal-det benchmark --gpu-report
+    nonlocal-det benchmark --peers
 
 "fast" is the package's implementation; "dense" holds the attention weights, multiplies, and leaves
 the backward pass to autograd, as is usual. Each measurement is a process of its own. Fast and dense
@@ -15,6 +16,9 @@ Peak memory is what a call adds to its inputs: on a CPU the resident set, on a G
 of PyTorch. The floor is the time of the case's own matrix products at the best rate of matrix
 products that was measured next to it; "convolutions" is the time of a block's own 1x1 convolutions.
 
+With --peers, blocks of other packages take the place of the dense forms: see
+`nonlocal_det.benchmark.peers`.
+
 --gpu-report measures a fixed set of cases on the GPU instead: the kernels that run, time and
 memory, exactness, a whole detector, and a short training. It writes gpu_report.json and
 gpu_report.md, by default to output/gpu_report, and ends with exit code 1 if a result is wrong.
@@ -25,7 +29,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, Optional
@@ -36,6 +40,9 @@ from ..benchmark.cases import DTYPES, Case
 from ..benchmark.detector import time_detector
 from ..benchmark.gpu_report import run as gpu_report
 from ..benchmark.measure import measure_forms
+from ..benchmark.peer_comparison import measure_peer
+from ..benchmark.peer_report import PEER_FILES, peer_table, write_peers
+from ..benchmark.peers import GLOBAL_CONTEXT, PEERS, import_peers
 from ..benchmark.report import FILES, machine_info, results_table, write_results
 from ..errors import exit_on_error
 from ..layers import PAIRWISE
@@ -61,6 +68,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU; use --device cpu.")
     _check_gpu_report(parser, args)
+    if args.pairwise is None:
+        args.pairwise = (*PAIRWISE, GLOBAL_CONTEXT) if args.peers else PAIRWISE
+    if not args.peers and GLOBAL_CONTEXT in args.pairwise:
+        parser.error(f"--pairwise {GLOBAL_CONTEXT} is for --peers.")
+    if args.peers and any(len(shape) != 3 for shape in args.shape):
+        parser.error("--peers compares two-dimensional blocks; give --shape CxHxW.")
     return args
 
 
@@ -91,7 +104,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=["aggregation"],
         help="weighted sums alone, or whole blocks",
     )
-    add("--pairwise", nargs="+", choices=PAIRWISE, default=PAIRWISE, help="pairwise functions")
+    add(
+        "--pairwise",
+        nargs="+",
+        choices=(*PAIRWISE, GLOBAL_CONTEXT),
+        help=f"pairwise functions; {GLOBAL_CONTEXT}, the block of that name, is for --peers "
+        "(default: all)",
+    )
     add("--shape", nargs="+", type=_shape, default=SHAPES, metavar="CxHxW", help="input shapes")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="training includes backward")
     add("--dtype", nargs="+", choices=tuple(DTYPES), default=["float32"], help="tensor dtypes")
@@ -100,8 +119,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=_positive, default=torch.get_num_threads(), help="number of CPU threads")
     add("--repeats", "--rounds", type=_positive, default=3, help="repetitions; medians are shown")
     add("--skip-dense", "--fast-only", action="store_true", help="do not run the dense forms")
-    add("--output", metavar="DIR", help="output directory of benchmark.json and benchmark.png")
-    add(
+    add("--output", metavar="DIR", help="output directory of the JSON file, the plot and the table")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--peers",
+        action="store_true",
+        help="compare blocks with those of mmcv, timm and pytorchvideo that compute the same, with "
+        "and without subsampling",
+    )
+    instead.add_argument(
         "--config-file",
         metavar="FILE",
         help="benchmark the detector of this config instead, with and without its blocks; a path, "
@@ -159,6 +185,19 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
+def make_peer_cases(args: argparse.Namespace, peers: Iterable[str]) -> list[Case]:
+    """All combinations of the options that these of the `PEERS` have."""
+    fixed = (args.device, args.batch_size, args.threads)
+    return [
+        Case("block", function, shape, mode, dtype, *fixed, peer=name, subsample=subsample)
+        for name in peers
+        for dtype, function, shape, subsample, mode in product(
+            args.dtype, PEERS[name].pairwise, args.shape, PEERS[name].subsample, args.mode
+        )
+        if function in args.pairwise
+    ]
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure, print and write the results."""
     args = parse_args(argv)
@@ -168,26 +207,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     with exit_on_error(ValueError, OSError, RuntimeError):
         if args.output:
             ensure_writable_dir(args.output)
-            outputs.check(*(os.path.join(args.output, name) for name in FILES))
-        machine = machine_info(args.device, args.threads)
-        print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
-        if args.device == "cpu" and machine["load"] > 0.5:
-            print("Other programs are running: times, of the fast forms above all, are too long.")
-        if args.config_file:
+            files = PEER_FILES if args.peers else FILES
+            outputs.check(*(os.path.join(args.output, name) for name in files))
+        if args.peers:
+            _benchmark_peers(args, outputs)
+        elif args.config_file:
+            _start(args)
             size = tuple(args.size)
             for line in time_detector(args.config_file, size, args.repeats, args.device):
                 print(line, flush=True)
-            return 0
-        rows = []
-        cases = make_cases(args)
-        for i, case in enumerate(cases, start=1):
-            print(f"{i} of {len(cases)}: {case.name}", flush=True)
-            rows.append(measure_forms(case, args.repeats, args.skip_dense))
-        print(results_table(rows))
-        if args.output:
-            with outputs.drafts(args.output) as drafts:
-                write_results(drafts, machine, rows)
-            print(f"Wrote {' and '.join(FILES)} to {args.output}.")
+        else:
+            _benchmark_forms(args, outputs)
     return 0
 
 
@@ -221,3 +251,53 @@ def report_gpu(folder: str, budget: float) -> int:
         print(f"FAILED: {failure}")
     print(f"Wrote {page}, and the same as {gpu_report.FILES[0]}.")
     return 1 if report["failures"] else 0
+
+
+def _start(args: argparse.Namespace) -> dict[str, object]:
+    """Print and return what is known of the machine."""
+    machine = machine_info(args.device, args.threads)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    if args.device == "cpu" and machine["load"] > 0.5:
+        print("Other programs are running: times, of the fast forms above all, are too long.")
+    return machine
+
+
+def _benchmark_forms(args: argparse.Namespace, outputs: CommandOutputs) -> None:
+    """The fast forms against the dense ones."""
+    machine = _start(args)
+    rows = [
+        measure_forms(case, args.repeats, args.skip_dense) for case in _announced(make_cases(args))
+    ]
+    print(results_table(rows))
+    if args.output:
+        with outputs.drafts(args.output) as drafts:
+            write_results(drafts, machine, rows)
+        print(f"Wrote {' and '.join(FILES)} to {args.output}.")
+
+
+def _benchmark_peers(args: argparse.Namespace, outputs: CommandOutputs) -> None:
+    """Our blocks beside those of other packages."""
+    versions, missing = import_peers()
+    if missing:
+        print(missing)
+    machine = _start(args)
+    cases = make_peer_cases(args, versions)
+    if not cases:
+        raise ValueError(
+            f"None of {', '.join(versions)} has {', '.join(args.pairwise)}; give another "
+            f"--pairwise."
+        )
+    rows = [measure_peer(case, args.repeats) for case in _announced(cases)]
+    print(peer_table(rows, versions))
+    if args.output:
+        with outputs.drafts(args.output) as drafts:
+            write_peers(drafts, machine, rows, versions)
+        print(f"Wrote {', '.join(PEER_FILES)} to {args.output}.")
+
+
+def _announced(cases: Sequence[Case]) -> Iterator[Case]:
+    """Yield the cases, and print each before it is measured."""
+    for i, case in enumerate(cases, start=1):
+        peer = f"{case.peer}, " if case.peer else ""
+        print(f"{i} of {len(cases)}: {peer}{case.name}", flush=True)
+        yield case

@@ -89,7 +89,7 @@ def test_the_wheel_holds_what_a_user_needs(folder: Path) -> None:
     code = """if True:
         import json, os, nonlocal_det
         from nonlocal_det import attention, model_zoo
-        page = os.path.join(os.path.dirname(attention.__file__), "explorer.html")
+        page = os.path.join(os.path.dirname(attention.__file__), "figures", "explorer.html")
         config = model_zoo.get_config("mask_rcnn_R50_NL").MODEL.NONLOCAL.POSITIONS
         lazy = model_zoo.get_config("lazy/mask_rcnn_R101_NL").model.backbone.bottom_up.positions
         names = model_zoo.zoo_names()

@@ -20,10 +20,10 @@ import yaml
 
 from ..modeling.block_factory import build_block
 from ..utils.config_files import find_config_file
+from ..utils.markdown import markdown_table
 from ..utils.validation import check_choice
 from .results import Result
 from .small_network import TASKS, WIDTH
-from .statistics import markdown
 
 # Keys of a result.
 KEYS = ("task", "variant", "settings", "seed", "accuracy", "learned_at", "entropy")
@@ -113,7 +113,7 @@ def tables(suite: SmallSuite, results: Iterable[Result]) -> str:
             found = [result for result in done if any(run.is_of(result) for run in runs)]
             if found:
                 rows.append([variant, *_row(found)])
-        parts.append(f"Task: {task}\n\n{markdown(head, rows)}")
+        parts.append(f"Task: {task}\n\n{markdown_table(head, rows)}")
     return "\n".join(parts)
 
 

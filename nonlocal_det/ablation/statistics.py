@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from typing import Any
 
 from scipy.stats import t as student_t
+
+from ..utils.markdown import markdown_table
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -104,7 +106,7 @@ def overall_table(results: Results, baseline: str) -> str:
         median = f"{statistics.median(learned):.0f}" if learned else ""
         rows.append([*row, f"{len(learned)} of {len(runs)}", median])
     head = ["variant", "AP", "difference", "AP75", "difference", "AP50", "AP, any class"]
-    return markdown([*head, "learned", "by iteration"], rows)
+    return markdown_table([*head, "learned", "by iteration"], rows)
 
 
 def has_learned(run: Mapping[str, Any]) -> bool:
@@ -119,7 +121,9 @@ def cost_table(costs: Mapping[str, Mapping[str, float]], baseline: str) -> str:
     for variant, cost in costs.items():
         row = [f"{cost[k] / u:,.0f} ({cost[k] / costs[baseline][k]:.3f})" for k, u in units.items()]
         rows.append([variant, *row])
-    return markdown(["variant", "parameters", "MFLOPs", "ms/step", "activation memory, MiB"], rows)
+    return markdown_table(
+        ["variant", "parameters", "MFLOPs", "ms/step", "activation memory, MiB"], rows
+    )
 
 
 def distance_table(results: Results, baseline: str, reach: float) -> str:
@@ -142,18 +146,12 @@ def distance_table(results: Results, baseline: str, reach: float) -> str:
         rows.append([variant, *cells])
     names = [f"{r['low']:g} to {r['high']:g} px" for r in ranges] + [f"beyond {reach:.0f} px"]
     counts = [str(r["count"]) for r in (*ranges, first["beyond_reach"])]
-    return markdown(["variant", *names], [["objects", *counts], *rows])
+    return markdown_table(["variant", *names], [["objects", *counts], *rows])
 
 
 def variants(results: Results) -> list[str]:
     """Names of the variants in the order of their first results."""
     return list(dict.fromkeys(run["variant"] for run in results))
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; all columns except the first are right-aligned."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _difference(results: Results, variant: str, baseline: str, *keys: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import is_out_of_memory, summarize_error
-from .cases import Case, fits_in_memory, make_function
+from .cases import Case, fits_in_memory, make_function, precision
 from .measure import Runs, in_new_process, measure_in_turn, medians
 
 # Of the largest value. Float32 rounds to 6e-8 of it, but a batch norm in training subtracts what
@@ -56,7 +56,7 @@ def compare_outputs(case: Case) -> dict[str, float]:
         The largest ``difference``, and the largest ``relative_difference``: in proportion to the
         largest value of the peer's output, or of its gradient.
     """
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with precision("float32"):
         results = [_results(replace(case, form=form, dtype="float32")) for form in ("fast", "peer")]
     differences = [_largest(ours - theirs) for ours, theirs in zip(*results)]
     sizes = map(_largest, results[1])

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from ..utils.file_io import atomic_write
+from ..utils.markdown import markdown_table
 from ..utils.plotting import save_figure
 from .peers import NOT_COMPARABLE, PEERS
 from .report import MIB, Row
@@ -32,7 +33,7 @@ def peer_table(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         versions: First result of `import_peers`.
     """
     timed = [_cells(row, versions) for row in rows if "not_timed" not in row]
-    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, timed)] if timed else []
+    table = markdown_table(COLUMNS, timed) if timed else ""
     reasons = [
         f"- {_label(row, versions)}, {row['name']}: not timed, {row['not_timed']}."
         for row in rows
@@ -44,7 +45,7 @@ def peer_table(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         for name, reason in NOT_COMPARABLE.items()
         if name.split()[0] in packages
     ]
-    return "\n".join([*lines, "", *reasons]).strip()
+    return "\n".join([table, *reasons]).strip()
 
 
 def _cells(row: Row, versions: Mapping[str, str]) -> list[str]:
@@ -73,10 +74,6 @@ def _spread(ratio: Optional[Mapping[str, float]]) -> str:
     if ratio is None:
         return "-"
     return f"{ratio['median']:.3g} ({ratio['min']:.3g} to {ratio['max']:.3g})"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def peer_plot(rows: Sequence[Row], versions: Mapping[str, str]) -> Figure:

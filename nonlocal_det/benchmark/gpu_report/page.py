@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Optional
 
-MIB = 2**20
+from ...utils.markdown import markdown_table
+from ..report import MIB
+
 _FORMS = ("fast", "sdpa", "dense")
 _ALONE = ("flash", "memory-efficient", "cuDNN", "dense")
-
 _MAX_NAMES = 5
 
 Row = dict[str, Any]
@@ -50,7 +51,7 @@ def _verdict(report: dict[str, Any]) -> str:
 
 def _machine(machine: dict[str, Any]) -> str:
     texts = {k: f"{v:.1f}" if isinstance(v, float) else str(v) for k, v in machine.items()}
-    return _table(["machine", ""], ([key, text] for key, text in texts.items()))
+    return markdown_table(["machine", ""], ([key, text] for key, text in texts.items())).rstrip()
 
 
 def _part(name: str, entry: dict[str, Any]) -> str:
@@ -60,7 +61,9 @@ def _part(name: str, entry: dict[str, Any]) -> str:
     measured = [row for row in rows if not {"error", "skipped"} & row.keys()]
     texts = [f"## {entry['title']}", f"{len(measured)} of {len(rows)} rows, {entry['seconds']} s."]
     if measured:
-        texts.append(_table(columns, (cells for row in measured for cells in cells_of(row))))
+        texts.append(
+            markdown_table(columns, (cells for row in measured for cells in cells_of(row))).rstrip()
+        )
     notes = [*notes_of(measured), *_missing(rows, "error"), *_missing(rows, "skipped")]
     return "\n\n".join([*texts, *(["\n".join(f"- {note}" for note in notes)] if notes else [])])
 
@@ -72,13 +75,6 @@ def _missing(rows: Iterable[Row], kind: str) -> list[str]:
         if kind in row:
             names.setdefault(row[kind], []).append(row["name"])
     return [f"{kind}: {'; '.join(of)}: {reason}" for reason, of in names.items()]
-
-
-def _table(columns: Sequence[str], lines: Iterable[Cells]) -> str:
-    rules = [":--", *["--:"] * (len(columns) - 1)]
-    # A bar would end a cell.
-    texts = ([cell.replace("|", "\\|") for cell in line] for line in [columns, rules, *lines])
-    return "\n".join(f"| {' | '.join(text)} |" for text in texts)
 
 
 def _number(value: Optional[float], unit: float = 1.0, form: str = ".2f") -> str:

@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from itertools import product
 from typing import Any, Optional
 
@@ -38,7 +37,6 @@ import torch
 
 from ..benchmark.cases import DTYPES, Case
 from ..benchmark.detector import time_detector
-from ..benchmark.gpu_report import run as gpu_report
 from ..benchmark.measure import measure_forms
 from ..benchmark.peer_comparison import measure_peer
 from ..benchmark.peer_report import PEER_FILES, peer_table, write_peers
@@ -50,10 +48,10 @@ from ..utils.deprecation import RenamedOption, warn_renamed
 from ..utils.file_io import ensure_writable_dir
 from ..utils.outputs import CommandOutputs
 from . import program_name
+from .gpu_report import GPU_OUTPUT, report_gpu
 
 SHAPES = ((512, 100, 168), (1024, 50, 84))
 MODES = ("inference", "training")
-GPU_OUTPUT = os.path.join("output", "gpu_report")
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -90,6 +88,48 @@ def _check_gpu_report(parser: argparse.ArgumentParser, args: argparse.Namespace)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_case_options(parser)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on")
+    repeats = add("--repeats", type=_positive, default=3, help="repetitions; medians are shown")
+    add("--rounds", action=RenamedOption, renamed=repeats)
+    add("--output", metavar="DIR", help="output directory of the JSON file, the plot and the table")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--peers",
+        action="store_true",
+        help="compare blocks with those of mmcv, timm and pytorchvideo that compute the same, with "
+        "and without subsampling",
+    )
+    instead.add_argument(
+        "--config-file",
+        metavar="FILE",
+        help="benchmark the detector of this config instead, with and without its blocks; a path, "
+        "or a name of the model zoo",
+    )
+    instead.add_argument(
+        "--gpu-report", action="store_true", help="report what the package does on a GPU"
+    )
+    add(
+        "--size",
+        type=_positive,
+        nargs=2,
+        default=(800, 1333),
+        metavar=("HEIGHT", "WIDTH"),
+        help="image size in pixels, for --config-file",
+    )
+    add(
+        "--budget",
+        type=_positive,
+        default=600,
+        metavar="SECONDS",
+        help="time for --gpu-report, which leaves out what no longer fits",
+    )
+
+
+def _add_case_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that are combined to cases."""
+
     def add(name: str, *former: str, **options: Any) -> None:
         option = parser.add_argument(name, **options)
         for old in former:
@@ -114,42 +154,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--shape", nargs="+", type=_shape, default=SHAPES, metavar="CxHxW", help="input shapes")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="training includes backward")
     add("--dtype", nargs="+", choices=tuple(DTYPES), default=["float32"], help="tensor dtypes")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on")
     add("--batch-size", "--batch", type=_positive, default=1, help="number of images")
     add("--threads", type=_positive, default=torch.get_num_threads(), help="number of CPU threads")
-    add("--repeats", "--rounds", type=_positive, default=3, help="repetitions; medians are shown")
     add("--skip-dense", "--fast-only", action="store_true", help="do not run the dense forms")
-    add("--output", metavar="DIR", help="output directory of the JSON file, the plot and the table")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--peers",
-        action="store_true",
-        help="compare blocks with those of mmcv, timm and pytorchvideo that compute the same, with "
-        "and without subsampling",
-    )
-    instead.add_argument(
-        "--config-file",
-        metavar="FILE",
-        help="benchmark the detector of this config instead, with and without its blocks; a path, "
-        "or a name of the model zoo",
-    )
-    add(
-        "--size",
-        type=_positive,
-        nargs=2,
-        default=(800, 1333),
-        metavar=("HEIGHT", "WIDTH"),
-        help="image size in pixels, for --config-file",
-    )
-
-    add("--gpu-report", action="store_true", help="report what the package does on a GPU")
-    add(
-        "--budget",
-        type=_positive,
-        default=600,
-        metavar="SECONDS",
-        help="time for --gpu-report, which leaves out what no longer fits",
-    )
 
 
 def _target(text: str) -> str:
@@ -219,38 +226,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         else:
             _benchmark_forms(args, outputs)
     return 0
-
-
-def report_gpu(folder: str, budget: float) -> int:
-    """Write the report on the GPU, part by part; 1 if a result is wrong, 130 if interrupted."""
-    outputs = CommandOutputs("benchmark")
-
-    def keep(report: gpu_report.Report) -> None:
-        with outputs.drafts(folder) as drafts:
-            gpu_report.write_report(report, drafts)
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        print("There is no GPU here: the report checks itself on the CPU, at small sizes.")
-    page = os.path.join(folder, gpu_report.FILES[1])
-    try:
-        with exit_on_error(OSError):
-            ensure_writable_dir(folder)
-            outputs.check(*(os.path.join(folder, name) for name in gpu_report.FILES))
-            report = gpu_report.make_report(
-                device,
-                budget,
-                keep=keep,
-                run=gpu_report.run_in_processes,
-                show=partial(print, flush=True),
-            )
-    except KeyboardInterrupt:
-        print(f"\nInterrupted: {page} has what was measured.")
-        return 130
-    for failure in report["failures"]:
-        print(f"FAILED: {failure}")
-    print(f"Wrote {page}, and the same as {gpu_report.FILES[0]}.")
-    return 1 if report["failures"] else 0
 
 
 def _start(args: argparse.Namespace) -> dict[str, object]:

@@ -31,6 +31,7 @@ from nonlocal_det.attention import AttentionQuery, AttentionRecorder, Influence
 from nonlocal_det.attention.figures.influence_figure import grid_of, influence_figure
 from nonlocal_det.attention.influence import influence as influence_module
 from nonlocal_det.attention.influence.faithfulness import measure_faithfulness
+from nonlocal_det.attention.recording.geometry import Grid
 from nonlocal_det.layers import (
     CompactGeneralizedNonLocalBlock,
     DisentangledNonLocalBlock,
@@ -238,6 +239,13 @@ def test_only_the_position_that_is_read_has_influence(original, resized, spot, s
         mask[max(spot[1] - 12, 0) : spot[1] + 13, max(spot[0] - 12, 0) : spot[0] + 13] = True
         inside, outside = influence.of_regions([mask, ~mask]).logit[:, 0]
         assert inside == pytest.approx(whole, rel=1e-3) and outside == pytest.approx(0, abs=1e-3)
+
+        def by_function(grid: Grid, mask: np.ndarray = mask) -> np.ndarray:
+            x, y = (centers.astype(int) for centers in grid.centers())
+            return mask[np.ix_(y, x)]
+
+        of_function = influence.of_regions([by_function, lambda grid: ~by_function(grid)])
+        np.testing.assert_allclose(of_function.logit[:, 0], [inside, outside], rtol=1e-6)
 
 
 def test_what_is_read_is_faithful_to_what_is_attended_to() -> None:
